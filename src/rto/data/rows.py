@@ -1,0 +1,111 @@
+"""All rows of a run, encoded: which stage sees which."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from rto import config as recipe
+from rto.data.chat import AnswerRow, Encoder, PairRow, PromptRow, encode_answers, encode_pairs, encode_prompts
+from rto.data.chat import load_template
+from rto.data.sources import Loaded, RejectedRow, read_answers, read_pairs, read_prompts, split_rows
+from rto.data.worlds import world_rows, world_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Rows:
+    """``pairs`` and ``answers`` train, ``prompts`` are for RL; ``test_*`` only the evaluation sees, ``oracle_pairs``
+    only the held-out oracle."""
+
+    encoder: Encoder
+    answers: list[AnswerRow]
+    pairs: list[PairRow]
+    prompts: list[PromptRow]
+    test_pairs: list[PairRow]
+    test_prompts: list[PromptRow]
+    oracle_pairs: list[PairRow] = field(default_factory=list)
+    rejected: list[RejectedRow] = field(default_factory=list)
+    notes: dict[str, int] = field(default_factory=dict)  # rows and truncations, for people
+
+
+def make_tokenizer(config: recipe.Config, name: str | None) -> PreTrainedTokenizerBase:
+    """The policy's tokenizer, with its chat template: the world's own, or that of the model ``name``."""
+    if isinstance(config.data, recipe.World):
+        return world_tokenizer()
+    from transformers import AutoTokenizer
+
+    assert name is not None, "a model from scratch goes with the tiny world"
+    trust = isinstance(config.model, recipe.Pretrained) and config.model.trust_remote_code
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
+    load_template(tokenizer, config.data)
+    return tokenizer
+
+
+def make_rows(config: recipe.Config, tokenizer: PreTrainedTokenizerBase) -> Rows:
+    """Read, split and encode. Raises ValueError as the sources and the encoder do."""
+    data = config.data
+    if isinstance(data, recipe.World):
+        return _world(data, Encoder(tokenizer, data.max_prompt, data.max_response), config.seed)
+    return _files(data, Encoder(tokenizer, data.max_prompt, data.max_response, data.on_over_long), config.seed)
+
+
+def _world(data: recipe.World, encoder: Encoder, seed: int) -> Rows:
+    rows = world_rows(data, seed)
+    name = "tiny world"
+    return Rows(
+        encoder,
+        encode_answers(encoder, Loaded(name, rows.answers)).rows,
+        encode_pairs(encoder, Loaded(name, rows.pairs)).rows,
+        encode_prompts(encoder, Loaded(name, rows.prompts)).rows,
+        encode_pairs(encoder, Loaded(name, rows.test_pairs)).rows,
+        _distinct(encode_prompts(encoder, Loaded(name, rows.test_prompts)).rows),
+    )
+
+
+def _files(data: recipe.Files, encoder: Encoder, seed: int) -> Rows:
+    """Pairs are split by prompt; answers and prompts come from the training pairs unless files are named."""
+    read = read_pairs(data)
+    pairs = encode_pairs(encoder, read)
+    by_row = {pair.row: pair.prompt for pair in read.rows}
+    parts = split_rows([by_row[pair.row] for pair in pairs.rows], data.test, data.oracle, seed)
+    chosen = {part: [pairs.rows[i] for i in index] for part, index in parts.items()}
+    rejected = list(pairs.rejected)
+    notes = {"pairs": len(pairs.rows), "cut prompts": pairs.cut_prompts, "cut answers": pairs.cut_answers}
+
+    answers = [_answer(pair) for pair in chosen["train"]]
+    if data.sft is not None:
+        own = encode_answers(encoder, read_answers(data))
+        answers, rejected = own.rows, rejected + own.rejected
+    prompts = _prompts(chosen["train"])
+    if data.prompts is not None:
+        held_out = {pair.prompt_text for part in ("test", "oracle") for pair in chosen[part]}
+        asked = encode_prompts(encoder, read_prompts(data))
+        prompts = [row for row in asked.rows if row.text not in held_out]
+        rejected += asked.rejected
+    return Rows(
+        encoder,
+        answers,
+        chosen["train"],
+        prompts,
+        chosen["test"],
+        _prompts(chosen["test"]),
+        chosen["oracle"],
+        rejected,
+        notes,
+    )
+
+
+def _answer(pair: PairRow) -> AnswerRow:
+    return AnswerRow(pair.row, pair.prompt_text, pair.prompt, pair.chosen, pair.chosen_finished)
+
+
+def _prompts(pairs: list[PairRow]) -> list[PromptRow]:
+    return _distinct([PromptRow(pair.row, pair.prompt_text, pair.prompt) for pair in pairs])
+
+
+def _distinct(prompts: list[PromptRow]) -> list[PromptRow]:
+    """Each prompt once: a prompt asked twice would count as two independent ones in the intervals."""
+    return list({prompt.text: prompt for prompt in reversed(prompts)}.values())[::-1]

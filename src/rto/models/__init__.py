@@ -1,0 +1,1 @@
+"""Models in their roles: policy, reference, guide, scorer, critic."""

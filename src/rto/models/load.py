@@ -1,0 +1,163 @@
+"""Models and tokenizers from the hub, from a folder, from a Python package, or from scratch."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from rto import config as recipe
+from rto.seeds import derive, global_torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def cache_folder() -> Path:
+    """Where dequantised models are kept: $RTO_CACHE, or ~/.cache/rto."""
+    return Path(os.environ.get("RTO_CACHE", "~/.cache/rto")).expanduser()
+
+
+def locate(model: recipe.Pretrained | recipe.Packaged | recipe.Scratch) -> str:
+    """The folder or hub name that ``from_pretrained`` reads; a packaged model is dequantised on first use."""
+    if isinstance(model, recipe.Pretrained):
+        return model.name
+    if isinstance(model, recipe.Packaged):
+        return str(dequantise(model.package, model.file))
+    raise ValueError("a model of type 'scratch' has no files: train it with the sft stage first")
+
+
+def dequantise(package: str, file: str) -> Path:
+    """A GGUF file inside an installed package as an ordinary float32 folder, written once.
+
+    Raises:
+        ValueError: the package or the file in it is missing.
+    """
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(f"model.package = {package!r} is not installed: run `make smollm`, or name a model.name")
+    source = Path(next(iter(spec.submodule_search_locations))) / file
+    if not source.exists():
+        have = ", ".join(sorted(path.name for path in source.parent.glob("*.gguf"))) or "no GGUF file"
+        raise ValueError(f"model.file = {file!r} is not in package {package!r}, which has {have}")
+    target = cache_folder() / "models" / source.stem
+    if not (target / "config.json").exists():
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
+        network = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=file, dtype=torch.float32)
+        for mark in ("quantization_config", "_pre_quantization_dtype"):  # it is no longer quantised
+            if hasattr(network.config, mark):
+                delattr(network.config, mark)
+        network.hf_quantizer = None
+        network.is_quantized = False
+        network.save_pretrained(partial)
+        AutoTokenizer.from_pretrained(source.parent, gguf_file=file).save_pretrained(partial)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.rename(target)
+        except OSError:  # another process was faster
+            if not (target / "config.json").exists():
+                raise
+            shutil.rmtree(partial)
+    return target
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub model."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+
+
+def load_network(
+    name: str,
+    kind: Literal["causal", "classifier"],
+    dtype: torch.dtype,
+    seed: int,
+    attention: str = "sdpa",
+    revision: str | None = None,
+    trust: bool = False,
+) -> PreTrainedModel:
+    """A causal LM or a one-label classifier, without dropout.
+
+    A classifier that is made from a causal LM gets a fresh scalar head (:func:`initialise_head`).
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust}
+    settings = AutoConfig.from_pretrained(name, **options)
+    fresh = False
+    if kind == "classifier":
+        fresh = not any("SequenceClassification" in a for a in settings.architectures or [])
+        if not fresh and settings.num_labels != 1:
+            raise ValueError(f"{name} is a classifier with {settings.num_labels} labels; a scorer has exactly one")
+        settings.num_labels = 1
+    factory = AutoModelForCausalLM if kind == "causal" else AutoModelForSequenceClassification
+    network = factory.from_pretrained(
+        name, config=settings, dtype=dtype, attn_implementation=attention, use_safetensors=True, **options
+    )
+    if fresh:
+        initialise_head(network.score, seed)
+    return without_dropout(network)
+
+
+def initialise_head(head: nn.Linear, seed: int) -> None:
+    """N(0, 1/(hidden + 1)), as in OpenRLHF."""
+    generator = torch.Generator().manual_seed(derive(seed, "head"))
+    weight = torch.randn(head.weight.shape, generator=generator) / (head.in_features + 1)
+    with torch.no_grad():
+        head.weight.copy_(weight)
+
+
+def scratch_network(model: recipe.Scratch, tokenizer: PreTrainedTokenizerBase, end: int, seed: int) -> PreTrainedModel:
+    """A small Llama with random weights for this tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=model.hidden,
+        num_hidden_layers=model.layers,
+        num_attention_heads=model.heads,
+        intermediate_size=model.intermediate,
+        max_position_embeddings=model.positions,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=end,
+        pad_token_id=tokenizer.pad_token_id,
+        attn_implementation=model.attention,
+    )
+    with global_torch(seed, "scratch"):
+        return without_dropout(LlamaForCausalLM(settings))
+
+
+def without_dropout(network: PreTrainedModel) -> PreTrainedModel:
+    """Switch every dropout off: log-prob ratios and preference margins must compare models, not masks."""
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("dropout", "attention_dropout", "attn_dropout", "activation_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    return network.eval()
+
+
+def same_vocabulary(ours: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, role: str, name: str) -> None:
+    """Refuse a model whose tokenizer differs from the policy's.
+
+    Raises:
+        ValueError: naming the first difference and the remedy.
+    """
+    mine, theirs = ours.get_vocab(), other.get_vocab()
+    if mine == theirs:
+        return
+    word = next(iter(sorted(mine.items() ^ theirs.items(), key=lambda item: item[1])))
+    raise ValueError(
+        f"the {role} {name} has another vocabulary than the policy ({len(theirs)} tokens against {len(mine)}; "
+        f"first difference: {word[0]!r} as id {word[1]}): choose a {role} of the policy's model family"
+    )

@@ -1,0 +1,123 @@
+"""The machine: device, precision, processes. The only module that imports accelerate.
+
+Data parallelism without wrappers: every process holds the whole model, computes its share of a *global*
+loss (numerics.reduce divides by global counts), and :meth:`Runtime.sum_gradients` adds the shares up. So two
+processes with half the batch each give the gradient of one process with all of it.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor, nn
+
+
+class Runtime:
+    """One a process. ``device`` is "auto", "cpu" or "cuda"."""
+
+    def __init__(self, device: str = "auto", trackers: Iterable[str] = (), folder: str | None = None) -> None:
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device = 'cuda', but this machine has no usable GPU: use device = 'auto' or 'cpu'")
+        self._trackers = list(trackers)
+        self.accelerator = Accelerator(cpu=device == "cpu", log_with=self._trackers or None, project_dir=folder)
+        self.device = self.accelerator.device
+        self.rank = self.accelerator.process_index
+        self.world = self.accelerator.num_processes
+        self.main = self.accelerator.is_main_process
+
+    def dtype(self, name: str) -> torch.dtype:
+        """``auto`` is bfloat16 on a GPU that has it and float32 elsewhere (CPUs emulate bfloat16 slowly)."""
+        if name == "auto":
+            cuda = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
+            return torch.bfloat16 if cuda else torch.float32
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+    def share(self, items: list[Any]) -> list[Any]:
+        """This process's part of a list: every world-th item."""
+        return items[self.rank :: self.world]
+
+    def gather(self, items: list[Any]) -> list[Any]:
+        """The inverse of :meth:`share`: everybody's items, in the order of the whole list."""
+        if self.world == 1:
+            return items
+        parts = self.gather_all(items)
+        return [parts[i % self.world][i // self.world] for i in range(sum(map(len, parts)))]
+
+    def gather_all(self, item: Any) -> list[Any]:
+        """One item of every process, by rank."""
+        return gather_object([item]) if self.world > 1 else [item]
+
+    def gather_rows(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors whose rows were cut by :meth:`share`, whole again. Their widths must agree."""
+        if self.world == 1:
+            return parts
+        everybody = self.gather_all(parts)
+        whole = {}
+        for name in parts:
+            pieces = [part[name] for part in everybody]
+            joined = pieces[0].new_empty((sum(map(len, pieces)), *pieces[0].shape[1:]))
+            for rank, piece in enumerate(pieces):
+                joined[rank :: self.world] = piece
+            whole[name] = joined
+        return whole
+
+    def sum(self, values: dict[str, float]) -> dict[str, float]:
+        """Each value summed over the processes; a process that lacks a key adds nothing to it."""
+        total: dict[str, float] = {}
+        for part in self.gather_all(values):
+            for key, value in part.items():
+                total[key] = total.get(key, 0.0) + value
+        return total
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Add up the processes' gradients, in one message; a parameter without a gradient counts as zero."""
+        if self.world == 1:
+            return
+        parameters = list(parameters)
+        for p in parameters:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        grads: list[Tensor] = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in grads])
+        torch.distributed.all_reduce(flat)
+        for g, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+            g.copy_(part.view_as(g))
+
+    def wait(self) -> None:
+        self.accelerator.wait_for_everyone()
+
+    def broadcast(self, value: Any) -> Any:
+        """The main process's value, everywhere."""
+        if self.world == 1:
+            return value
+        box = [value]
+        broadcast_object_list(box)
+        return box[0]
+
+    def start_trackers(self, name: str, config: dict[str, Any]) -> None:
+        if self._trackers:
+            self.accelerator.init_trackers(name, config)
+
+    def track(self, values: dict[str, float], step: int) -> None:
+        if self._trackers:
+            self.accelerator.log(values, step=step)
+
+    def close(self) -> None:
+        if self._trackers:
+            self.accelerator.end_training()
+
+
+def peak_memory_mb() -> float:
+    """The largest memory this process has held so far, in MB (GPU memory where there is a GPU)."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+

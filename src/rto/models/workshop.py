@@ -1,0 +1,153 @@
+"""Opens the roles that a stage needs: adapters on one shared backbone, or separate full models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import nn
+
+from rto import config as recipe
+from rto.batch import Completions, Prompts
+from rto.models import checkpoint
+from rto.models.load import initialise_head, load_network, load_tokenizer, locate, same_vocabulary
+from rto.models.role import Backbone, Role
+from rto.models.runtime import Runtime
+from rto.seeds import global_torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Workshop:
+    """Roles around one base model: ``base`` is the folder or name of the SFT model, which is the reference."""
+
+    def __init__(
+        self,
+        model: recipe.Pretrained | recipe.Packaged | recipe.Scratch,
+        base: str,
+        tokenizer: PreTrainedTokenizerBase,
+        runtime: Runtime,
+        seed: int,
+    ) -> None:
+        self.model = model
+        self.base = base
+        self.tokenizer = tokenizer
+        self.runtime = runtime
+        self.seed = seed
+        self._shared: Backbone | None = None
+
+    def reference(self) -> Role:
+        """The frozen base: the shared backbone without adapters, or a model of its own."""
+        if self.model.lora:
+            return Role(self._backbone())
+        return self._freeze(Role(self._open(self.base, "causal", trained=False)))
+
+    def new_policy(self, name: str, network: PreTrainedModel | None = None) -> Role:
+        """A trainable causal LM that starts as the base (or as ``network``, an untrained one)."""
+        if self.model.lora and network is None:
+            return self._adapter(name, head=False)
+        return Role(self._wrap(network, self.base) if network else self._open(self.base, "causal", trained=True))
+
+    def new_scorer(self, name: str, model: recipe.Pretrained | recipe.Packaged | recipe.Scratch | None) -> Role:
+        """A trainable scalar reader that starts as the base, or as another ``model`` with the same vocabulary."""
+        if model is not None:
+            return self._other(model).new_scorer(name, None)
+        if self.model.lora:
+            return self._adapter(name, head=True)
+        return self._classifier(self.base, trained=True)
+
+    def open_policy(self, folder: str, name: str) -> Role:
+        """A finished policy or guide, frozen."""
+        if checkpoint.is_adapter(folder):
+            role = self._adapter(name, head=False)
+            checkpoint.read_adapter(role, Path(folder))
+            return role
+        return self._freeze(Role(self._open(folder, "causal", trained=False)))
+
+    def open_scorer(
+        self, folder: str, name: str, model: recipe.Pretrained | recipe.Packaged | recipe.Scratch | None, trained: bool
+    ) -> Role:
+        """A finished scorer: frozen, or as the start of a critic."""
+        if model is not None:
+            return self._other(model).open_scorer(folder, name, None, trained)
+        if checkpoint.is_adapter(folder):
+            role = self._adapter(name, head=True)
+            checkpoint.read_adapter(role, Path(folder))
+            return role
+        role = self._classifier(folder, trained)
+        return role if trained else self._freeze(role)
+
+    def _adapter(self, name: str, head: bool) -> Role:
+        backbone = self._backbone()
+        with global_torch(self.seed, "adapter", name):
+            backbone.add_adapter(name)
+        if not head:
+            return Role(backbone, name)
+        linear = nn.Linear(backbone.network.config.get_text_config().hidden_size, 1, bias=False)
+        initialise_head(linear, self.seed)
+        return Role(backbone, name, linear.to(backbone.device))
+
+    def _backbone(self) -> Backbone:
+        if self._shared is None:
+            self._shared = self._open(self.base, "causal", trained=False, lora=self.model.lora)
+        return self._shared
+
+    def _classifier(self, folder: str, trained: bool) -> Role:
+        backbone = self._open(folder, "classifier", trained)
+        return Role(backbone, head=backbone.network.score)  # type: ignore[arg-type]
+
+    def _other(self, model: recipe.Pretrained | recipe.Packaged | recipe.Scratch) -> Workshop:
+        name = locate(model)
+        same_vocabulary(self.tokenizer, load_tokenizer(name), "scorer", name)
+        return Workshop(model, name, self.tokenizer, self.runtime, self.seed)
+
+    def _open(
+        self, name: str, kind: Literal["causal", "classifier"], trained: bool, lora: recipe.Lora | None = None
+    ) -> Backbone:
+        compute = self.runtime.dtype(self.model.dtype)
+        trust = isinstance(self.model, recipe.Pretrained) and self.model.trust_remote_code
+        revision = self.model.revision if isinstance(self.model, recipe.Pretrained) and name == self.model.name else None
+        network = load_network(
+            name, kind, torch.float32 if trained else compute, self.seed, self.model.attention, revision, trust
+        )
+        return self._wrap(network, name, lora)
+
+    def _wrap(self, network: PreTrainedModel, name: str, lora: recipe.Lora | None = None) -> Backbone:
+        network = network.to(self.runtime.device)  # type: ignore[arg-type]
+        if self.model.gradient_checkpointing:
+            network.gradient_checkpointing_enable({"use_reentrant": False})
+        return Backbone(network, name, lora, self.runtime.dtype(self.model.dtype))
+
+    @staticmethod
+    def _freeze(role: Role) -> Role:
+        role.backbone.network.requires_grad_(False)
+        return role
+
+
+@torch.no_grad()
+def verify(role: Role, end: int) -> float:
+    """Compare our token log-probs with the model's own on two short padded rows; the largest difference.
+
+    Raises:
+        ValueError: the family computes its logits in a way we do not reproduce, so nothing may be trained on it.
+    """
+    device = role.backbone.device
+    ids = torch.arange(12, device=device).reshape(2, 6) % (end + 1)
+    mask = torch.ones(2, 6, dtype=torch.bool, device=device)
+    mask[1, :2] = False
+    full = torch.ones(2, 3, dtype=torch.bool, device=device)
+    completions = Completions(Prompts(ids[:, :3], mask[:, :3]), ids[:, 3:], full, full[:, 0])
+    ours, _ = role.logprobs(completions)
+    with role.active() as backbone:
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        logits = backbone.network(input_ids=ids, attention_mask=mask.long(), position_ids=positions).logits
+    theirs = logits[:, 2:-1].float().log_softmax(-1).gather(-1, ids[:, 3:, None]).squeeze(-1)
+    gap = (ours - theirs).abs().max().item()
+    if not gap < (1e-3 if role.backbone.compute == torch.float32 else 0.2):
+        raise ValueError(
+            f"{role.backbone.source}: log-probs from hidden states differ from the model's own by {gap:.3g} nats; "
+            "this model family transforms its logits in a way that rto does not know"
+        )
+    return gap

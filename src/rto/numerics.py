@@ -1,0 +1,96 @@
+"""The arithmetic that everything shares: masked statistics, the one reduction, and token log-probs.
+
+Only this file turns hidden states into log-probs, and only :func:`predicting` shifts states against labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+Reduction = Literal["token", "sequence"]
+
+
+def masked_sum(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, " B"]:
+    """Sum over the response of each row. Cells outside the mask may hold anything, NaN included."""
+    return torch.where(mask, x, 0.0).sum(-1)
+
+
+def masked_mean(x: Float[Tensor, "*S"], mask: Bool[Tensor, "*S"]) -> Float[Tensor, ""]:
+    """Mean over all unmasked cells; 0 where there are none."""
+    return torch.where(mask, x, 0.0).sum() / mask.sum().clamp(min=1)
+
+
+def whiten(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], shift_mean: bool = True) -> Float[Tensor, "B T"]:
+    """(x - mean) / sqrt(max(var, 1e-8)) over all unmasked cells, population variance; zero outside the mask.
+
+    The convention of RTO's code, over the whole rollout buffer. ``shift_mean=False`` only rescales.
+    """
+    mean = masked_mean(x, mask)
+    variance = masked_mean((x - mean) ** 2, mask)
+    centred = x - mean if shift_mean else x
+    return torch.where(mask, centred * torch.rsqrt(variance.clamp(min=1e-8)), 0.0)
+
+
+def reduce(
+    loss: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], reduction: Reduction, total: float
+) -> Float[Tensor, ""]:
+    """This micro-batch's share of the loss of a whole batch.
+
+    ``token``: sum over tokens divided by ``total`` = unmasked tokens of the whole batch. ``sequence``: sum of
+    each row's token mean divided by ``total`` = rows of the whole batch. Because ``total`` is global, the
+    shares of all micro-batches and processes add up to the same loss and gradient however they are cut.
+    """
+    if reduction == "token":
+        return torch.where(mask, loss, 0.0).sum() / total
+    return (masked_sum(loss, mask) / mask.sum(-1).clamp(min=1)).sum() / total
+
+
+def predicting(hidden: Float[Tensor, "B S H"], responses: int) -> Float[Tensor, "B T H"]:
+    """The states that predict the last ``responses`` tokens: each one position before its token."""
+    return hidden[:, -responses - 1 : -1]
+
+
+def token_logprobs(
+    hidden: Float[Tensor, "B T H"],
+    labels: Int[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    project: Callable[[Float[Tensor, "N H"]], Float[Tensor, "N V"]],
+    temperature: float = 1.0,
+    chunk: int = 256,
+) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
+    """Log-prob of each label and entropy of its distribution, in nats and float32; zero outside the mask.
+
+    ``project`` maps states to logits. It runs on ``chunk`` unmasked positions at a time and, in training,
+    again in the backward pass, so that at most [chunk, V] logits exist at once. The entropy is detached.
+    """
+    where = mask.nonzero(as_tuple=True)
+    states, targets = hidden[where], labels[where]
+
+    def score(states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = project(states)
+        logits = logits.float() if logits.dtype != torch.float64 else logits
+        if temperature != 1.0:
+            logits = logits / temperature
+        logprobs = logits - logits.logsumexp(-1, keepdim=True)
+        with torch.no_grad():
+            entropy = -(logprobs.exp() * logprobs.clamp(min=-1e4)).sum(-1)
+        return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropy
+
+    again = torch.is_grad_enabled()  # no gradient, nothing to recompute
+    parts = [
+        checkpoint(score, s, t, use_reentrant=False) if again else score(s, t)
+        for s, t in zip(states.split(chunk), targets.split(chunk), strict=True)
+    ]
+    dtype = parts[0][0].dtype if parts else torch.float32
+    logprobs = torch.zeros(mask.shape, dtype=dtype, device=hidden.device)
+    entropy = torch.zeros_like(logprobs)
+    if parts:
+        logprobs = logprobs.index_put(where, torch.cat([part[0] for part in parts]))
+        entropy = entropy.index_put(where, torch.cat([part[1] for part in parts]))
+    return logprobs, entropy

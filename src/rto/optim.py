@@ -1,0 +1,51 @@
+"""One optimiser step, the same for every stage: schedule, clipping, and the whole of an optimiser's state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from rto.config import Training
+
+
+def learning_rate_factor(step: int, steps: int, warmup: float, floor: float, schedule: str) -> float:
+    """Share of the learning rate at ``step`` (from 0) of ``steps``: linear warmup, then down to ``floor``."""
+    rise = math.ceil(warmup * steps)
+    if step < rise:
+        return (step + 1) / rise
+    done = (step - rise) / max(1, steps - rise)
+    if schedule == "constant":
+        return 1.0
+    fall = 0.5 * (1 + math.cos(math.pi * done)) if schedule == "cosine" else 1 - done
+    return floor + (1 - floor) * fall
+
+
+class Optimizer:
+    """Adam or AdamW with a schedule over ``steps`` steps and clipping by the global norm."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], training: Training, lr: float, steps: int) -> None:
+        self.parameters = [p for p in parameters]
+        for p in self.parameters:
+            p.requires_grad_(True)
+        make = torch.optim.AdamW if training.optimizer == "adamw" else torch.optim.Adam
+        self.inner = make(
+            self.parameters, lr=lr, betas=training.betas, eps=training.eps, weight_decay=training.weight_decay
+        )
+        self.training, self.lr, self.steps, self.step_count = training, lr, steps, 0
+
+    def step(self) -> tuple[float, float]:
+        """Apply the gradients that were summed up. Returns the gradient norm before clipping and the rate used."""
+        t = self.training
+        rate = self.lr * learning_rate_factor(self.step_count, self.steps, t.warmup, t.floor, t.schedule)
+        for group in self.inner.param_groups:
+            group["lr"] = rate
+        norm = nn.utils.clip_grad_norm_(self.parameters, t.max_norm, foreach=True)
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"the gradient norm is {norm.item()} at optimiser step {self.step_count + 1}")
+        self.inner.step()
+        self.inner.zero_grad(set_to_none=True)
+        self.step_count += 1
+        return norm.item(), rate

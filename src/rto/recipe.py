@@ -1,0 +1,143 @@
+"""From a TOML file and ``--key value`` overrides to a :class:`~rto.config.Config`, with errors a person can act on."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+
+from rto.config import Config, Policy, Spec
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+def load(path: str | Path, overrides: Iterable[tuple[str, str]] = ()) -> Config:
+    """Read a recipe. ``overrides`` are (dotted key, value) with the value in TOML, or a bare string.
+
+    Raises:
+        ValueError: the file is missing or no TOML, or a key or value is refused; a line for each.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path}: no such recipe; the recipes that come with rto are in recipes/*.toml")
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a TOML file: {error}") from None
+    for key, value in overrides:
+        put(table, key, value)
+    return build(table, str(path))
+
+
+def build(table: Mapping[str, Any], source: str = "recipe") -> Config:
+    """Validate a plain table."""
+    try:
+        config = Config.model_validate(table)
+    except ValidationError as error:
+        raise ValueError("\n".join(f"{source}: {line}" for line in explain(error, Config))) from None
+    try:
+        config.policies()
+    except ValidationError as error:
+        raise ValueError("\n".join(f"{source}: in [baselines]: {line}" for line in explain(error, Policy))) from None
+    return config
+
+
+def put(table: dict[str, Any], key: str, value: str) -> None:
+    """Set ``a.b.c`` in nested tables. The value is read as TOML where it is TOML, else as a string."""
+    *parents, last = key.split(".")
+    for parent in parents:
+        table = table.setdefault(parent, {})
+        if not isinstance(table, dict):
+            raise ValueError(f"--{key}: {parent} is a value, not a table")
+    try:
+        table[last] = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        table[last] = value
+
+
+def complete(spec: Spec, table: Mapping[str, Callable[..., Any]], where: str) -> Spec:
+    """Check ``{"type": name, option: value}`` against the keyword-only parameters of ``table[name]`` and fill in
+    their defaults.
+
+    Raises:
+        ValueError: an unknown type or option, or a value of the wrong type.
+    """
+    name = spec.get("type")
+    if name not in table:
+        raise ValueError(f"{where}.type = {name!r} is unknown{nearest(str(name), table)}; known: {', '.join(table)}")
+    options = {
+        key: (parameter.annotation, ... if parameter.default is inspect.Parameter.empty else parameter.default)
+        for key, parameter in inspect.signature(table[name], eval_str=True).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+    model = create_model(name, __config__=ConfigDict(extra="forbid"), **options)  # type: ignore[call-overload]
+    given = {key: value for key, value in spec.items() if key != "type"}
+    try:
+        return {"type": name, **model.model_validate(given).model_dump()}
+    except ValidationError as error:
+        raise ValueError("\n".join(f"{where}: {line}" for line in explain(error, model))) from None
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
+    """One line a mistake; an unknown key comes with the nearest valid one."""
+    lines = []
+    for item in error.errors():
+        steps = [step for step in item["loc"] if isinstance(step, str)]
+        if item["type"] == "extra_forbidden":
+            keys = _keys(model, steps[:-1])
+            where = ".".join(step for step in steps[:-1] if not _is_tag(step))
+            dotted = f"{where}.{steps[-1]}" if where else steps[-1]
+            lines.append(f"unknown key {dotted}{nearest(steps[-1], keys)}; valid: {', '.join(sorted(keys))}")
+        else:
+            key = ".".join(map(str, (step for step in item["loc"] if not _is_tag(step)))) or "recipe"
+            message = item["msg"].removeprefix("Value error, ")
+            if item["type"] == "union_tag_invalid":
+                key, message = f"{key}.type", f"unknown type {item['ctx']['tag']}; known: {item['ctx']['expected_tags']}"
+            given = "" if item["type"] in ("missing", "value_error", "union_tag_invalid") else f" (given: {item['input']!r})"
+            lines.append(f"{key}: {message}{given}")
+    return lines
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """", did you mean X?" or nothing."""
+    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
+    return f", did you mean {close[0]}?" if close else ""
+
+
+_TAGS = {"pretrained", "package", "scratch", "files", "world", "heldout"}
+
+
+def _is_tag(step: Any) -> bool:
+    return step in _TAGS
+
+
+def _keys(model: type[BaseModel], steps: list[str]) -> list[str]:
+    """The valid keys of the table at ``steps``, which may pass through the tags of unions."""
+    found: list[type[BaseModel]] = [model]
+    for step in steps:
+        inner = []
+        for candidate in found:
+            if step in candidate.model_fields:
+                inner += _models(candidate.model_fields[step].annotation)
+        # A tag is not a field: it chooses among the candidates that are there.
+        found = inner or [c for c in found if _tag_of(c) == step] or found
+    return sorted({key for candidate in found for key in candidate.model_fields})
+
+
+def _tag_of(model: type[BaseModel]) -> str | None:
+    field = model.model_fields.get("type")
+    return get_args(field.annotation)[0] if field else None
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models(part)]

@@ -1,0 +1,64 @@
+"""Token rewards: a sum of terms, each ``Signals -> r [B, T]``, zero outside the mask.
+
+``TERMS`` has a row a term: its function, which signals it needs, and whether its sum over the answer equals
+the sentence reward (``keeps``). ``METHODS`` has a row a published method: its list of terms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from rto.batch import Signals
+from rto.config import Spec
+from rto.rewards.implicit import implicit
+from rto.rewards.kl import kl_penalty
+from rto.rewards.terminal import terminal
+
+
+@dataclass(frozen=True)
+class Term:
+    function: Callable[..., Tensor]
+    needs: tuple[str, ...]
+    keeps: bool
+
+
+TERMS = {
+    "terminal": Term(terminal, needs=("scores",), keeps=True),
+    "implicit": Term(implicit, needs=("guide",), keeps=False),
+}
+
+METHODS: dict[str, list[Spec]] = {
+    "ppo": [{"type": "terminal"}],
+    "rto": [{"type": "implicit"}, {"type": "terminal"}],
+}
+
+
+def live(terms: list[Spec]) -> list[Spec]:
+    """The terms that act: scale 0 means off, and what is off costs no model pass."""
+    return [term for term in terms if term.get("scale", 1.0) != 0]
+
+
+def needs(terms: list[Spec]) -> set[str]:
+    """The fields of :class:`~rto.batch.Signals` that these terms read."""
+    return {need for term in live(terms) for need in TERMS[term["type"]].needs}
+
+
+def total(
+    terms: list[Spec], signals: Signals, kl_coef: float
+) -> tuple[Float[Tensor, "B T"], dict[str, Float[Tensor, "B T"]]]:
+    """The reward of every token, and each term's part of it by name (``kl`` is the penalty)."""
+    parts: dict[str, Any] = {}
+    for term in live(terms):
+        options = {key: value for key, value in term.items() if key != "type"}
+        name = term["type"] if term["type"] not in parts else f"{term['type']}_{len(parts)}"
+        parts[name] = TERMS[term["type"]].function(signals, **options)
+    parts["kl"] = kl_penalty(signals.logprobs, signals.reference, signals.mask, kl_coef)
+    return sum(parts.values()), parts
+
+
+__all__ = ["METHODS", "TERMS", "Term", "implicit", "kl_penalty", "live", "needs", "terminal", "total"]

@@ -1,0 +1,1 @@
+"""Answers of the policy, and what the other roles say of them."""

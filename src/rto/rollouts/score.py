@@ -1,0 +1,54 @@
+"""What the roles say of finished answers: log-probs, scores and values, each only where somebody reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rto.batch import Completions
+from rto.data.collate import micro_batches, trim
+from rto.models.role import Role
+
+
+@torch.no_grad()
+def in_micro_batches(
+    completions: Completions, read: Callable[[Completions], Tensor], budget: int, device: torch.device
+) -> Tensor:
+    """``read`` over all rows, cut by length so that no pass holds more than ``budget`` padded tokens.
+
+    ``read`` returns [b, t] or [b]; the result is [B, T] (zero on padding) or [B], float32 on the CPU.
+    """
+    lengths = (completions.prompt.mask.sum(-1) + completions.lengths).tolist()
+    result: Tensor | None = None
+    for rows in micro_batches(lengths, budget):
+        where = torch.tensor(rows)
+        part = read(trim(completions.rows(where)).to(device)).float().cpu()
+        if result is None:
+            shape = completions.ids.shape if part.dim() == 2 else completions.ids.shape[:1]
+            result = torch.zeros(shape)
+        if part.dim() == 2:
+            result[where, : part.shape[1]] = part
+        else:
+            result[where] = part
+    assert result is not None, "no rows to score"
+    return result
+
+
+def token_logprobs(
+    role: Role, completions: Completions, budget: int, temperature: float = 1.0
+) -> Float[Tensor, "B T"]:
+    """Log-prob of each response token under ``role``."""
+    return in_micro_batches(completions, lambda c: role.logprobs(c, temperature)[0], budget, role.backbone.device)
+
+
+def sentence_scores(role: Role, completions: Completions, budget: int) -> Float[Tensor, " B"]:
+    """The scorer at each answer's last token."""
+    return in_micro_batches(completions, role.scores, budget, role.backbone.device)
+
+
+def state_values(role: Role, completions: Completions, budget: int) -> Float[Tensor, "B T"]:
+    """The critic before each response token."""
+    return in_micro_batches(completions, role.values, budget, role.backbone.device)
