@@ -104,15 +104,16 @@ def _stages(known: argparse.Namespace, rest: Sequence[str]) -> int:
     config = _read(known.recipe, overrides(rest))
     _calm()
     from rto import pipeline
+    from rto.report import tables
 
     if known.dry_run:
-        from rto.plan import describe
+        from rto.pipeline.plan import describe
 
         print(describe(config))
         return 0
     stages = None if known.verb == "run" else [known.verb]
     folder = pipeline.run(config, stages, known.quiet)
-    summary = pipeline.summary(folder)
+    summary = tables.summary(folder)
     if summary:
         print(summary)
     return 0

@@ -127,6 +127,7 @@ def scratch_network(model: recipe.Scratch, tokenizer: PreTrainedTokenizerBase, e
         intermediate_size=model.intermediate,
         max_position_embeddings=model.positions,
         tie_word_embeddings=True,
+        initializer_range=model.hidden**-0.5,  # the usual 0.02 is made for wide models: narrow ones start too slowly
         bos_token_id=None,
         eos_token_id=end,
         pad_token_id=tokenizer.pad_token_id,

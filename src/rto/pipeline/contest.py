@@ -1,0 +1,115 @@
+"""The work of the evaluation stage: all policies of a run against each other, and where their rewards put credit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from rto import config as recipe
+from rto.data.chat import PromptRow
+from rto.data.worlds import token_rewards
+from rto.evaluation import policies as contest
+from rto.models.checkpoint import read_notes
+from rto.models.load import load_tokenizer, same_vocabulary
+from rto.models.workshop import Workshop
+from rto.pipeline.job import Job, write_json
+from rto.pipeline.resolve import terms_of
+from rto.pipeline.training import readers
+from rto.report.log import read_metrics
+
+SHOWN = 4  # answers of each policy whose credit the report shows
+
+
+def evaluate(job: Job) -> str:
+    """Write evaluation.json, credit.json and every policy's answers."""
+    config, rows, shop = job.config, job.rows, job.workshop()
+    settings, budget = config.evaluation, config.policy.micro_tokens
+    prompts = rows.test_prompts[: settings.prompts]
+    asked = [row for row in prompts for _ in range(settings.samples)]
+    truth = token_rewards if isinstance(config.data, recipe.World) else None
+    reference = shop.reference()
+    judge, description = _judge(job, shop, truth)
+    trained = {name: policy for name, policy in config.policies().items() if f"rl/{name}" in job.finished()}
+    terms = {name: terms_of(policy) for name, policy in trained.items()}
+    guide, scorer, notes = readers(job, shop, [term for listed in terms.values() for term in listed])
+
+    places = {"sft": None} | _guide(job) | {name: job.path(f"rl/{name}") for name in trained}
+    answers: dict[str, contest.Answers] = {}
+    scores, kls, views = {}, {}, []
+    job.progress.start("evaluate", len(places))
+    for number, (name, place) in enumerate(places.items(), 1):
+        role = reference if place is None else shop.open_policy(place, f"policy{number}")
+        answers[name] = contest.answer(role, prompts, settings, rows.encoder, config.seed, budget, job.runtime)
+        scores[name] = judge(asked, answers[name].completions)
+        kls[name] = contest.kl_to_reference(role, reference, answers[name], budget)
+        if name in trained:
+            step = settings.samples
+            few = answers[name].completions.rows(slice(0, SHOWN * step, step))
+            signals = contest.signals_of(few, role, reference, guide, scorer, notes, budget)
+            coef = trained[name].kl.coef
+            views += contest.credit_views(name, prompts, few, signals, terms[name], coef, rows.encoder, truth)
+        job.progress.update(number, {"score": sum(scores[name]) / len(scores[name])})
+
+    found = contest.compare_policies(answers, scores, kls, prompts, settings, config.seed)
+    table = None
+    if truth is not None:
+        sample = answers["sft"].completions
+        signals = contest.signals_of(sample, reference, reference, guide, scorer, notes, budget)
+        table = contest.credit_table(terms, asked, sample, signals, rows.encoder, truth, config.seed)
+    if job.runtime.main:
+        _write_answers(job, asked, answers, scores)
+        write_json(job.folder / "evaluation.json", found | {"oracle": description, "accuracy": _accuracies(job)})
+        write_json(job.folder / "credit.json", {"methods": table, "answers": views})
+    return "evaluation"
+
+
+def _judge(job: Job, shop: Workshop, truth: contest.Truth | None) -> tuple[contest.Oracle, str]:
+    """The oracle and what the report says of it."""
+    settings, budget = job.config.evaluation.oracle, job.config.policy.micro_tokens
+    if isinstance(settings, recipe.WorldOracle):
+        assert truth is not None
+        return contest.judge_by_truth(truth, job.rows.encoder), "the tiny world's own reward, exact"
+    if isinstance(settings, recipe.HeldoutOracle):
+        folder = job.path("oracle")
+        notes = read_notes(folder)
+        raw = contest.judge_by(shop.open_scorer(folder, "oracle", job.config.reward.model, trained=False), budget)
+        said = (
+            f"a scorer trained on {len(job.rows.oracle_pairs)} pairs that no other stage saw; it is right on "
+            f"{notes.accuracy:.1%} of {notes.pairs} held-out pairs; scores in standard deviations"
+        )
+        return lambda prompts, c: [(score - notes.mean) / notes.std for score in raw(prompts, c)], said
+    same_vocabulary(job.tokenizer, load_tokenizer(settings.name), "oracle", settings.name)
+    model = recipe.Pretrained(name=settings.name)
+    own = Workshop(model, settings.name, job.tokenizer, job.runtime, job.config.seed)
+    return contest.judge_by(own.open_scorer(settings.name, "oracle", None, trained=False), budget), settings.name
+
+
+def _guide(job: Job) -> dict[str, str]:
+    """The guide under the name of its loss, where there is one."""
+    if job.config.prefer.checkpoint is None and "prefer" not in job.finished():
+        return {}
+    return {job.config.prefer.loss["type"]: job.path("prefer")}
+
+
+def _accuracies(job: Job) -> dict[str, float | None]:
+    """Accuracy of guide, scorer and oracle on the held-out pairs."""
+    found: dict[str, float | None] = {}
+    for name, stage in (("guide", "prefer"), ("scorer", "reward"), ("oracle", "oracle")):
+        rows = [row for row in read_metrics(job.folder, stage) if "eval_accuracy" in row]
+        found[name] = rows[-1]["eval_accuracy"] if rows else None
+    return found
+
+
+def _write_answers(
+    job: Job, asked: Sequence[PromptRow], answers: dict[str, contest.Answers], scores: dict[str, Any]
+) -> None:
+    folder = job.folder / "evaluation"
+    folder.mkdir(exist_ok=True)
+    for name, made in answers.items():
+        finished = made.completions.finished.tolist()
+        lines = [
+            json.dumps({"prompt": row.text, "answer": text, "finished": done, "score": score}, ensure_ascii=False)
+            for row, text, done, score in zip(asked, made.texts, finished, scores[name], strict=True)
+        ]
+        (folder / f"answers-{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,0 +1,162 @@
+"""A run folder, and everything that its stages share."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rto import config as recipe
+from rto.config import Config
+from rto.data.rows import Rows, make_rows, make_tokenizer
+from rto.data.sources import write_rejected
+from rto.models.load import locate
+from rto.models.role import Role
+from rto.models.checkpoint import save_role
+from rto.models.runtime import Runtime, peak_memory_mb
+from rto.models.workshop import Workshop
+from rto.report.log import Progress, RunLog
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage: what it is made from, and the work, which returns the path of its result in the run folder.
+
+    A finished step is skipped. When it was made from something else, it is refused, or, with ``redo``, done again.
+    """
+
+    name: str
+    inputs: dict[str, Any]
+    work: Callable[[Job], str]
+    redo: bool = False
+
+
+@dataclass
+class Job:
+    """One run: its resolved recipe, machine, log and progress."""
+
+    config: Config
+    quiet: bool = False
+    runtime: Runtime = field(init=False)
+    log: Any = field(init=False)
+    progress: Progress = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.runtime = Runtime(self.config.device, self.config.trackers, self.config.output)
+        self.progress = Progress(enabled=self.runtime.main and not self.quiet)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output)
+
+    def start(self, steps: list[Step]) -> None:
+        """Check the folder against the steps, then write the resolved recipe into it.
+
+        Raises:
+            ValueError: a finished stage was made with another recipe; nothing is written then.
+        """
+        done = self.finished()
+        for step in steps:
+            changed = differences(done[step.name]["inputs"], step.inputs) if step.name in done else []
+            if changed and not step.redo:
+                raise ValueError(
+                    f"{self.folder}: stage {step.name} was made with another recipe ({'; '.join(changed[:3])}). "
+                    "Choose another --output, or delete that folder"
+                )
+        resolved = self.config.model_dump(mode="json")
+        if self.runtime.main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(self.folder / "config.json", resolved)
+        self.runtime.start_trackers("rto", resolved)
+        self.log = RunLog(self.folder) if self.runtime.main else _Nothing()
+
+    def do(self, step: Step) -> None:
+        """Do a step unless it is done."""
+        done = self.finished().get(step.name)
+        if done is not None and not differences(done["inputs"], step.inputs):
+            self.progress.say(f"{step.name}: done before, in {self.folder / done['path']}")
+            return
+        begun = time.perf_counter()
+        self.log.drop_stage(step.name)
+        path = step.work(self)
+        self.runtime.wait()
+        if self.runtime.main:
+            record = {"path": path, "seconds": time.perf_counter() - begun, "peak_memory_mb": peak_memory_mb()}
+            write_json(self.folder / "stages.json", self.finished() | {step.name: record | {"inputs": step.inputs}})
+        self.runtime.wait()
+
+    def finished(self) -> dict[str, Any]:
+        """The finished stages by name, with path, seconds and memory."""
+        path = self.folder / "stages.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def path(self, stage: str) -> str:
+        """Where a finished stage's model is: given as a checkpoint, or in this folder.
+
+        Raises:
+            ValueError: it is not finished.
+        """
+        checkpoint = {"prefer": self.config.prefer.checkpoint, "reward": self.config.reward.checkpoint}.get(stage)
+        if checkpoint is not None:
+            return checkpoint
+        done = self.finished().get(stage)
+        if done is None:
+            verb = stage.partition("/")[0]
+            raise ValueError(f"{self.folder}: stage {stage} is not finished: do `rto {verb}` or `rto run` first")
+        return str(self.folder / done["path"])
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        model = self.config.model
+        return make_tokenizer(self.config, None if isinstance(model, recipe.Scratch) else locate(model))
+
+    @cached_property
+    def rows(self) -> Rows:
+        rows = make_rows(self.config, self.tokenizer)
+        if self.runtime.main and rows.rejected and self.folder.is_dir():
+            write_rejected(self.folder / "rejected_rows.jsonl", rows.rejected)
+        return rows
+
+    @property
+    def base(self) -> str:
+        """The SFT model, which is the reference: the sft stage's, or the model itself."""
+        return self.path("sft") if "sft" in self.config.stages else locate(self.config.model)
+
+    def workshop(self, seed: int | None = None) -> Workshop:
+        seed = self.config.seed if seed is None else seed
+        return Workshop(self.config.model, self.base, self.tokenizer, self.runtime, seed)
+
+    def save(self, role: Role, stage: str, pad: int) -> None:
+        if self.runtime.main:
+            save_role(role, self.folder / stage, self.tokenizer, pad)
+        self.runtime.wait()
+
+
+class _Nothing:
+    """The log of every process but the main one."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """All of it or nothing."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def differences(old: Any, new: Any, key: str = "") -> list[str]:
+    """Dotted keys whose values differ, with both values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(set(old) | set(new))
+        return [d for k in keys for d in differences(old.get(k), new.get(k), f"{key}.{k}" if key else k)]
+    return [] if old == new else [f"{key} was {old!r} and is {new!r}"]

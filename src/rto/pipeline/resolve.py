@@ -1,0 +1,51 @@
+"""A recipe with every option spelled out."""
+
+from __future__ import annotations
+
+from rto import rewards
+from rto.advantages import ADVANTAGES
+from rto.config import Config, Policy, Spec
+from rto.policy import LOSSES
+from rto.preferences import PREFERENCE_LOSSES, REWARD_LOSSES
+from rto.recipe import complete, nearest
+
+
+def resolve(config: Config) -> Config:
+    """Check every loss, term and estimator of the recipe against its table and fill in its defaults.
+
+    Raises:
+        ValueError: naming the key, the nearest valid one and what is known.
+    """
+    for policy in config.policies().values():
+        terms_of(policy)
+        _completed(policy)
+    return config.model_copy(
+        update={
+            "prefer": config.prefer.model_copy(
+                update={"loss": complete(config.prefer.loss, PREFERENCE_LOSSES, "prefer.loss")}
+            ),
+            "reward": config.reward.model_copy(
+                update={"loss": complete(config.reward.loss, REWARD_LOSSES, "reward.loss")}
+            ),
+            "policy": _completed(config.policy),
+        }
+    )
+
+
+def _completed(policy: Policy) -> Policy:
+    changes = {
+        "loss": complete(policy.loss, LOSSES, "policy.loss"),
+        "advantage": complete(policy.advantage, ADVANTAGES, "policy.advantage"),
+    }
+    return policy.model_copy(update=changes)
+
+
+def terms_of(policy: Policy) -> list[Spec]:
+    """The reward terms of a policy, complete: its method's, or its own list."""
+    if policy.rewards is None and policy.method not in rewards.METHODS:
+        known = ", ".join([*rewards.METHODS, "custom"])
+        hint = nearest(policy.method, rewards.METHODS)
+        raise ValueError(f"policy.method = {policy.method!r} is unknown{hint}; known: {known}")
+    listed = rewards.METHODS[policy.method] if policy.rewards is None else policy.rewards
+    functions = {name: term.function for name, term in rewards.TERMS.items()}
+    return [complete(term, functions, f"policy.rewards[{i}]") for i, term in enumerate(listed)]
