@@ -70,7 +70,7 @@ class Scratch(_Model):
 
 def _tag(default: str):
     def read(value: Any) -> str:
-        return value.get("type", default) if isinstance(value, dict) else value.type
+        return value.get("type", default) if isinstance(value, dict) else getattr(value, "type", default)
 
     return Discriminator(read)
 
@@ -232,7 +232,9 @@ class ModelOracle(Section):
 
 
 Oracle = Annotated[
-    Annotated[WorldOracle, Tag("world")] | Annotated[HeldoutOracle, Tag("heldout")] | Annotated[ModelOracle, Tag("model")],
+    Annotated[WorldOracle, Tag("world")]
+    | Annotated[HeldoutOracle, Tag("heldout")]
+    | Annotated[ModelOracle, Tag("model")],
     _tag("heldout"),
 ]
 
@@ -278,7 +280,11 @@ class Config(Section):
             ValueError: (also pydantic's) a baseline's keys do not fit [policy].
         """
         base = self.policy.model_dump()
-        named = {name: Policy.model_validate(_merge(base, changed)) for name, changed in self.baselines.items()}
+        unlisted = base | {"rewards": None}  # a baseline with a method of its own has that method's terms
+        named = {
+            name: Policy.model_validate(_merge(unlisted if "method" in changed else base, changed))
+            for name, changed in self.baselines.items()
+        }
         if self.policy.method in named:
             raise ValueError(f"baselines.{self.policy.method} has the name of policy.method: give it another name")
         return {**named, self.policy.method: self.policy}

@@ -34,7 +34,16 @@ def load(path: str | Path, overrides: Iterable[tuple[str, str]] = ()) -> Config:
         raise ValueError(f"{path}: not a TOML file: {error}") from None
     for key, value in overrides:
         put(table, key, value)
-    return build(table, str(path))
+    return build(_nulls(table), str(path))
+
+
+def _nulls(value: Any) -> Any:
+    """TOML has no null: a recipe writes "none"."""
+    if isinstance(value, dict):
+        return {key: _nulls(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_nulls(part) for part in value]
+    return None if value == "none" else value
 
 
 def build(table: Mapping[str, Any], source: str = "recipe") -> Config:
@@ -43,10 +52,14 @@ def build(table: Mapping[str, Any], source: str = "recipe") -> Config:
         config = Config.model_validate(table)
     except ValidationError as error:
         raise ValueError("\n".join(f"{source}: {line}" for line in explain(error, Config))) from None
-    try:
-        config.policies()
-    except ValidationError as error:
-        raise ValueError("\n".join(f"{source}: in [baselines]: {line}" for line in explain(error, Policy))) from None
+    for name, changed in config.baselines.items():
+        try:
+            config.model_copy(update={"baselines": {name: changed}}).policies()
+        except ValidationError as error:
+            lines = explain(error, Policy)
+            raise ValueError("\n".join(f"{source}: in [baselines.{name}]: {line}" for line in lines)) from None
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
     return config
 
 
@@ -54,7 +67,9 @@ def put(table: dict[str, Any], key: str, value: str) -> None:
     """Set ``a.b.c`` in nested tables. The value is read as TOML where it is TOML, else as a string."""
     *parents, last = key.split(".")
     for parent in parents:
-        table = table.setdefault(parent, {})
+        if table.get(parent) is None:  # absent, or null in a resolved recipe
+            table[parent] = {}
+        table = table[parent]
         if not isinstance(table, dict):
             raise ValueError(f"--{key}: {parent} is a value, not a table")
     try:
@@ -71,7 +86,7 @@ def complete(spec: Spec, table: Mapping[str, Callable[..., Any]], where: str) ->
         ValueError: an unknown type or option, or a value of the wrong type.
     """
     name = spec.get("type")
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         raise ValueError(f"{where}.type = {name!r} is unknown{nearest(str(name), table)}; known: {', '.join(table)}")
     options = {
         key: (parameter.annotation, ... if parameter.default is inspect.Parameter.empty else parameter.default)
@@ -90,46 +105,42 @@ def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
     """One line a mistake; an unknown key comes with the nearest valid one."""
     lines = []
     for item in error.errors():
-        steps = [step for step in item["loc"] if isinstance(step, str)]
-        if item["type"] == "extra_forbidden":
-            keys = _keys(model, steps[:-1])
-            where = ".".join(step for step in steps[:-1] if not _is_tag(step))
-            dotted = f"{where}.{steps[-1]}" if where else steps[-1]
-            lines.append(f"unknown key {dotted}{nearest(steps[-1], keys)}; valid: {', '.join(sorted(keys))}")
-        else:
-            key = ".".join(map(str, (step for step in item["loc"] if not _is_tag(step)))) or "recipe"
-            message = item["msg"].removeprefix("Value error, ")
-            if item["type"] == "union_tag_invalid":
-                key, message = f"{key}.type", f"unknown type {item['ctx']['tag']}; known: {item['ctx']['expected_tags']}"
-            given = "" if item["type"] in ("missing", "value_error", "union_tag_invalid") else f" (given: {item['input']!r})"
-            lines.append(f"{key}: {message}{given}")
+        kind = item["type"]
+        if kind == "extra_forbidden":
+            path, keys = _walk(model, item["loc"][:-1])
+            last = str(item["loc"][-1])
+            lines.append(
+                f"unknown key {'.'.join([*path, last])}{nearest(last, keys)}; valid: {', '.join(sorted(keys))}"
+            )
+            continue
+        key = ".".join(_walk(model, item["loc"])[0])
+        message, given = item["msg"].removeprefix("Value error, "), f" (given: {item['input']!r})"
+        if kind == "union_tag_invalid":
+            key += ".type"
+            message = f"unknown type {item['ctx']['tag']}; known: {item['ctx']['expected_tags']}"
+        if kind in ("missing", "value_error", "union_tag_invalid"):
+            given = ""
+        lines.append(f"{key or 'recipe'}: {message}{given}")
     return lines
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
-    """", did you mean X?" or nothing."""
+    """ ", did you mean X?" or nothing."""
     close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
     return f", did you mean {close[0]}?" if close else ""
 
 
-_TAGS = {"pretrained", "package", "scratch", "files", "world", "heldout"}
-
-
-def _is_tag(step: Any) -> bool:
-    return step in _TAGS
-
-
-def _keys(model: type[BaseModel], steps: list[str]) -> list[str]:
-    """The valid keys of the table at ``steps``, which may pass through the tags of unions."""
-    found: list[type[BaseModel]] = [model]
-    for step in steps:
-        inner = []
-        for candidate in found:
-            if step in candidate.model_fields:
-                inner += _models(candidate.model_fields[step].annotation)
-        # A tag is not a field: it chooses among the candidates that are there.
-        found = inner or [c for c in found if _tag_of(c) == step] or found
-    return sorted({key for candidate in found for key in candidate.model_fields})
+def _walk(model: type[BaseModel], location: Iterable[str | int]) -> tuple[list[str], set[str]]:
+    """The dotted path of an error's location as the recipe writes it, and the valid keys of the table there."""
+    path, found = [], [model]
+    for step in map(str, location):
+        if len(found) > 1:  # a union: pydantic names its chosen member next, the recipe does not
+            found = [candidate for candidate in found if _tag_of(candidate) == step]
+            continue
+        path.append(step)
+        fields = found[0].model_fields if found else {}
+        found = _models(fields[step].annotation) if step in fields else []
+    return path, {key for candidate in found for key in candidate.model_fields}
 
 
 def _tag_of(model: type[BaseModel]) -> str | None:

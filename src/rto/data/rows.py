@@ -6,8 +6,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from rto import config as recipe
-from rto.data.chat import AnswerRow, Encoder, PairRow, PromptRow, encode_answers, encode_pairs, encode_prompts
-from rto.data.chat import load_template
+from rto.data.chat import (
+    AnswerRow,
+    Encoder,
+    PairRow,
+    PromptRow,
+    encode_answers,
+    encode_pairs,
+    encode_prompts,
+    load_template,
+)
 from rto.data.sources import Loaded, RejectedRow, read_answers, read_pairs, read_prompts, split_rows
 from rto.data.worlds import world_rows, world_tokenizer
 

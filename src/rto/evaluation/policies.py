@@ -35,7 +35,13 @@ class Answers:
 
 
 def answer(
-    role: Role, prompts: Sequence[PromptRow], config: Evaluation, encoder: Encoder, seed: int, budget: int, runtime: Runtime
+    role: Role,
+    prompts: Sequence[PromptRow],
+    config: Evaluation,
+    encoder: Encoder,
+    seed: int,
+    budget: int,
+    runtime: Runtime,
 ) -> Answers:
     """``config.samples`` answers to each prompt. Row seeds are the same for every policy."""
     mine = runtime.share([(row, k) for row in prompts for k in range(config.samples)])
@@ -54,7 +60,9 @@ def answer(
     parts = runtime.gather_rows({"ids": own.ids, "mask": own.mask, "finished": own.finished})
     asked = [row.ids for row in prompts for _ in range(config.samples)]
     completions = Completions(collate_prompts(asked, encoder.pad), parts["ids"], parts["mask"], parts["finished"])
-    return Answers(completions, [encoder.decode(i[m].tolist()) for i, m in zip(parts["ids"], parts["mask"], strict=True)])
+    return Answers(
+        completions, [encoder.decode(i[m].tolist()) for i, m in zip(parts["ids"], parts["mask"], strict=True)]
+    )
 
 
 def compare_policies(

@@ -70,8 +70,7 @@ def read_adapter(role: Role, folder: Path) -> None:
     assert role.adapter is not None
     stored = load_file(folder / "adapter_model.safetensors")
     own = {
-        _PREFIX + key.replace(f".{role.adapter}.", "."): p
-        for key, p in role.backbone.adapter_parameters(role.adapter)
+        _PREFIX + key.replace(f".{role.adapter}.", "."): p for key, p in role.backbone.adapter_parameters(role.adapter)
     }
     if role.head is not None and _HEAD in stored:
         own[_HEAD] = role.head.weight

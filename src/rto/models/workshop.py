@@ -108,7 +108,9 @@ class Workshop:
     ) -> Backbone:
         compute = self.runtime.dtype(self.model.dtype)
         trust = isinstance(self.model, recipe.Pretrained) and self.model.trust_remote_code
-        revision = self.model.revision if isinstance(self.model, recipe.Pretrained) and name == self.model.name else None
+        revision = (
+            self.model.revision if isinstance(self.model, recipe.Pretrained) and name == self.model.name else None
+        )
         network = load_network(
             name, kind, torch.float32 if trained else compute, self.seed, self.model.attention, revision, trust
         )

@@ -15,9 +15,9 @@ from rto import config as recipe
 from rto.config import Config
 from rto.data.rows import Rows, make_rows, make_tokenizer
 from rto.data.sources import write_rejected
+from rto.models.checkpoint import save_role
 from rto.models.load import locate
 from rto.models.role import Role
-from rto.models.checkpoint import save_role
 from rto.models.runtime import Runtime, peak_memory_mb
 from rto.models.workshop import Workshop
 from rto.report.log import Progress, RunLog

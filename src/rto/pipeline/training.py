@@ -130,7 +130,13 @@ def _options(spec: Spec) -> Spec:
 
 
 def _fit(
-    job: Job, stage: str, objective: Any, rows: Sequence[Any], training: Any, held_out: Any = (), seed: int | None = None
+    job: Job,
+    stage: str,
+    objective: Any,
+    rows: Sequence[Any],
+    training: Any,
+    held_out: Any = (),
+    seed: int | None = None,
 ) -> None:
     fit(
         stage,

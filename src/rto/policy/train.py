@@ -1,6 +1,6 @@
 """The one RL loop:
 
-    prompts -> rollouts -> signals -> token rewards -> advantages -> policy and critic updates
+prompts -> rollouts -> signals -> token rewards -> advantages -> policy and critic updates
 """
 
 from __future__ import annotations
@@ -313,7 +313,9 @@ def _reward_metrics(
         if name in clips:
             options = {key: value for key, value in clips[name].items() if key != "type"} | {"clip": None}
             free = rewards.TERMS[name].function(signals, **options)
-            metrics[f"reward_clip_share/{name}"] = ((free != part) & mask).sum().item() / int((free != 0).sum().clamp(min=1))
+            metrics[f"reward_clip_share/{name}"] = ((free != part) & mask).sum().item() / int(
+                (free != 0).sum().clamp(min=1)
+            )
     return metrics
 
 

@@ -1,7 +1,7 @@
 """The one loop behind SFT, preference losses and reward models.
 
-    for step: rows of the global batch -> this process's share -> micro-batches -> loss, backward
-              -> gradients summed over processes -> one optimiser step -> one row of metrics
+for step: rows of the global batch -> this process's share -> micro-batches -> loss, backward
+          -> gradients summed over processes -> one optimiser step -> one row of metrics
 """
 
 from __future__ import annotations
@@ -232,7 +232,9 @@ def _accumulate(
         rows = [mine[i] for i in index]
         loss, part = objective.loss(rows, total)
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss.item()} in a micro-batch with data rows {[_row(r) for r in rows]}")
+            raise FloatingPointError(
+                f"the loss is {loss.item()} in a micro-batch with data rows {[_row(r) for r in rows]}"
+            )
         each(loss)
         for key, value in {"loss": loss.item(), **part}.items():
             sums[key] = sums.get(key, 0.0) + value

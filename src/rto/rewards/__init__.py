@@ -35,6 +35,7 @@ TERMS = {
 METHODS: dict[str, list[Spec]] = {
     "ppo": [{"type": "terminal"}],
     "rto": [{"type": "implicit"}, {"type": "terminal"}],
+    "rto-v1": [{"type": "implicit", "scale": 0.1, "clip": None}],  # Eq. 4.6 of the paper's first version
 }
 
 

@@ -37,9 +37,7 @@ def in_micro_batches(
     return result
 
 
-def token_logprobs(
-    role: Role, completions: Completions, budget: int, temperature: float = 1.0
-) -> Float[Tensor, "B T"]:
+def token_logprobs(role: Role, completions: Completions, budget: int, temperature: float = 1.0) -> Float[Tensor, "B T"]:
     """Log-prob of each response token under ``role``."""
     return in_micro_batches(completions, lambda c: role.logprobs(c, temperature)[0], budget, role.backbone.device)
 
