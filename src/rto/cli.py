@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 VERBS = {
     "run": "all stages of a recipe; finished ones are skipped",
@@ -18,20 +19,26 @@ VERBS = {
     "evaluate": "win rates of all policies under the oracle",
     "report": "write report.html from what the run has so far",
 }
+GENERATE = "answers of a policy of a run"
+FLAGS = ("--dry-run", "--quiet", "--help")  # every other --word of a stage is a key of the recipe
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 wrong input, 130 interrupted."""
+    """Exit codes: 0 done, 1 failed on the way, 2 wrong input, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = _parser()
-    known, rest = parser.parse_known_args(arguments)
     try:
-        if known.verb == "generate":
-            return _generate(known, rest)
-        return _stages(known, rest)
+        code = _do(arguments)
+        sys.stdout.flush()  # a closed pipe shows here, not when Python exits
+        return code
     except ValueError as error:
         print(f"rto: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader has gone, as in `rto generate RUN | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        print(f"rto: {error}", file=sys.stderr)
+        return 1
     except FloatingPointError as error:
         print(f"rto: training stopped, nothing was saved after it: {error}", file=sys.stderr)
         return 1
@@ -40,8 +47,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _do(arguments: list[str]) -> int:
+    parser = _parser()
+    if not arguments:
+        parser.print_help(sys.stderr)
+        return 2
+    verb = arguments[0]
+    if not verb.startswith("-") and verb not in (*VERBS, "generate"):
+        from rto.recipe import nearest
+
+        known_verbs = (*VERBS, "generate")
+        raise ValueError(f"unknown verb {verb!r}{nearest(verb, known_verbs)}; known: {', '.join(known_verbs)}")
+    if verb == "generate":
+        return _generate(parser.parse_args(arguments))
+    words, changes = overrides(arguments)
+    if changes and all(word in FLAGS for word in words[1:]):
+        key, value = changes[-1]
+        raise ValueError(f"rto {verb} needs a recipe or the folder of a run; --{key} took {value!r} as its value")
+    known, rest = parser.parse_known_args(words)
+    if rest:
+        raise ValueError(f"{rest[0]!r} is no override: write --key value, for example --policy.kl.coef 0.02")
+    return _stages(known, changes)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see {self.prog} --help")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="rto", description="Dense-reward RLHF: SFT, DPO guide, reward model, RTO and PPO, win rates, report."
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -51,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("--dry-run", action="store_true", help="print the resolved recipe, the plan and its memory")
         verb.add_argument("--quiet", action="store_true", help="no progress")
         verb.epilog = "Any key of the recipe can be overridden: --policy.kl.coef 0.02 --output runs/mine --seed 1"
-    verb = verbs.add_parser("generate", help="answers of a policy of a run", allow_abbrev=False)
+    verb = verbs.add_parser("generate", help=GENERATE, description=GENERATE, allow_abbrev=False)
     verb.add_argument("run", help="the folder of a run")
     verb.add_argument("--policy", help="sft, the guide's loss (dpo), or a trained method; default: the run's method")
     verb.add_argument("--prompt", action="append", help="a prompt; may be repeated")
@@ -64,24 +99,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def overrides(rest: Sequence[str]) -> list[tuple[str, str]]:
-    """``--a.b value`` and ``--a.b=value`` as (key, value).
+def overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """The words that are not overrides, and ``--a.b value`` or ``--a.b=value`` as (key, value), wherever they stand.
 
     Raises:
-        ValueError: something else stands there, or a key has no value.
+        ValueError: a key has no value.
     """
+    others: list[str] = []
     found: list[tuple[str, str]] = []
-    words = iter(rest)
+    words = iter(arguments)
     for word in words:
-        if not word.startswith("--"):
-            raise ValueError(f"{word!r} is no override: write --key value, for example --policy.kl.coef 0.02")
+        if not word.startswith("--") or word in FLAGS:
+            others.append(word)
+            continue
         key, given, value = word[2:].partition("=")
         if not given:
             value = next(words, "")
-            if value == "" or (value.startswith("--") and not value[2:3].isdigit()):
-                raise ValueError(f"--{key} has no value")
+        if value == "" or (not given and value.startswith("--")):
+            raise ValueError(f"--{key} has no value: write --{key} VALUE")
         found.append((key, value))
-    return found
+    return others, found
 
 
 def _read(path: str, changes: list[tuple[str, str]]) -> Any:
@@ -100,28 +137,26 @@ def _read(path: str, changes: list[tuple[str, str]]) -> Any:
     return recipe.build(table, path)
 
 
-def _stages(known: argparse.Namespace, rest: Sequence[str]) -> int:
-    config = _read(known.recipe, overrides(rest))
+def _stages(known: argparse.Namespace, changes: list[tuple[str, str]]) -> int:
+    config = _read(known.recipe, changes)
     _calm()
     from rto import pipeline
     from rto.report import tables
 
+    stages = None if known.verb == "run" else [known.verb]
     if known.dry_run:
         from rto.pipeline.plan import describe
 
-        print(describe(config))
+        print(describe(config, stages))
         return 0
-    stages = None if known.verb == "run" else [known.verb]
     folder = pipeline.run(config, stages, known.quiet)
     summary = tables.summary(folder)
-    if summary:
+    if summary and os.environ.get("RANK", "0") == "0":  # of several processes one speaks
         print(summary)
     return 0
 
 
-def _generate(known: argparse.Namespace, rest: Sequence[str]) -> int:
-    if rest:
-        raise ValueError(f"{rest[0]!r} is no option of rto generate; see rto generate --help")
+def _generate(known: argparse.Namespace) -> int:
     config = _read(known.run, [])
     _calm()
     from rto import pipeline
@@ -138,6 +173,7 @@ def _generate(known: argparse.Namespace, rest: Sequence[str]) -> int:
     )
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     if known.out:
+        Path(known.out).parent.mkdir(parents=True, exist_ok=True)
         Path(known.out).write_text(text, encoding="utf-8")
         print(f"{len(lines)} answers in {known.out}", file=sys.stderr)
     else:
@@ -147,8 +183,6 @@ def _generate(known: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def _calm() -> None:
     """Third parties' progress bars and advice are not ours to show."""
-    import os
-
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 Spec = dict[str, Any]
-STAGES = ("sft", "prefer", "reward", "rl", "evaluate", "report")
+Stage = Literal["sft", "prefer", "reward", "rl", "evaluate", "report"]
+STAGES: tuple[Stage, ...] = ("sft", "prefer", "reward", "rl", "evaluate", "report")
 
 
 class Section(BaseModel):
@@ -70,7 +71,7 @@ class Scratch(_Model):
 
 def _tag(default: str):
     def read(value: Any) -> str:
-        return value.get("type", default) if isinstance(value, dict) else getattr(value, "type", default)
+        return str(value.get("type", default) if isinstance(value, dict) else getattr(value, "type", default))
 
     return Discriminator(read)
 
@@ -255,7 +256,7 @@ class Config(Section):
     seed: int = Field(0, ge=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
-    stages: list[Literal["sft", "prefer", "reward", "rl", "evaluate", "report"]] = list(STAGES)
+    stages: list[Stage] = list(STAGES)
     model: Model
     data: Data
     sft: Sft = Sft()
@@ -280,11 +281,10 @@ class Config(Section):
             ValueError: (also pydantic's) a baseline's keys do not fit [policy].
         """
         base = self.policy.model_dump()
-        unlisted = base | {"rewards": None}  # a baseline with a method of its own has that method's terms
-        named = {
-            name: Policy.model_validate(_merge(unlisted if "method" in changed else base, changed))
-            for name, changed in self.baselines.items()
-        }
+        named = {}
+        for name, changed in self.baselines.items():
+            published = changed.get("method", "custom") != "custom"  # then its terms are the method's, not base's list
+            named[name] = Policy.model_validate(_merge(base | {"rewards": None} if published else base, changed))
         if self.policy.method in named:
             raise ValueError(f"baselines.{self.policy.method} has the name of policy.method: give it another name")
         return {**named, self.policy.method: self.policy}

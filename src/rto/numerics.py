@@ -87,10 +87,7 @@ def token_logprobs(
         checkpoint(score, s, t, use_reentrant=False) if again else score(s, t)
         for s, t in zip(states.split(chunk), targets.split(chunk), strict=True)
     ]
-    dtype = parts[0][0].dtype if parts else torch.float32
-    logprobs = torch.zeros(mask.shape, dtype=dtype, device=hidden.device)
-    entropy = torch.zeros_like(logprobs)
-    if parts:
-        logprobs = logprobs.index_put(where, torch.cat([part[0] for part in parts]))
-        entropy = entropy.index_put(where, torch.cat([part[1] for part in parts]))
-    return logprobs, entropy
+    # An empty mask gives one empty part, so that a batch of padding still has a gradient (zero).
+    logprobs, entropy = (torch.cat(values) for values in zip(*parts, strict=True))
+    blank = logprobs.new_zeros(mask.shape)
+    return blank.index_put(where, logprobs), blank.index_put(where, entropy)

@@ -34,22 +34,17 @@ def load(path: str | Path, overrides: Iterable[tuple[str, str]] = ()) -> Config:
         raise ValueError(f"{path}: not a TOML file: {error}") from None
     for key, value in overrides:
         put(table, key, value)
-    return build(_nulls(table), str(path))
-
-
-def _nulls(value: Any) -> Any:
-    """TOML has no null: a recipe writes "none"."""
-    if isinstance(value, dict):
-        return {key: _nulls(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_nulls(part) for part in value]
-    return None if value == "none" else value
+    return build(table, str(path))
 
 
 def build(table: Mapping[str, Any], source: str = "recipe") -> Config:
-    """Validate a plain table."""
+    """Validate a plain table.
+
+    Raises:
+        ValueError: a line for each key or value that is refused, with ``source`` in front.
+    """
     try:
-        config = Config.model_validate(table)
+        config = Config.model_validate(_nulls(table))
     except ValidationError as error:
         raise ValueError("\n".join(f"{source}: {line}" for line in explain(error, Config))) from None
     for name, changed in config.baselines.items():
@@ -61,6 +56,15 @@ def build(table: Mapping[str, Any], source: str = "recipe") -> Config:
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
     return config
+
+
+def _nulls(value: Any) -> Any:
+    """TOML has no null: a recipe writes "none" (``clip = "none"``)."""
+    if isinstance(value, dict):
+        return {key: _nulls(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_nulls(part) for part in value]
+    return None if value == "none" else value
 
 
 def put(table: dict[str, Any], key: str, value: str) -> None:

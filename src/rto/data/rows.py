@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from rto import config as recipe
 from rto.data.chat import (
@@ -21,6 +21,9 @@ from rto.data.worlds import world_rows, world_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,10 @@ def make_tokenizer(config: recipe.Config, name: str | None) -> PreTrainedTokeniz
 
     assert name is not None, "a model from scratch goes with the tiny world"
     trust = isinstance(config.model, recipe.Pretrained) and config.model.trust_remote_code
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
+    except OSError as error:
+        raise ValueError(f"model.name = {name!r}: no such folder, and no hub model that can be reached") from error
     load_template(tokenizer, config.data)
     return tokenizer
 
@@ -83,15 +89,16 @@ def _files(data: recipe.Files, encoder: Encoder, seed: int) -> Rows:
     rejected = list(pairs.rejected)
     notes = {"pairs": len(pairs.rows), "cut prompts": pairs.cut_prompts, "cut answers": pairs.cut_answers}
 
+    held_out = {pair.prompt_text for part in ("test", "oracle") for pair in chosen[part]}
     answers = [_answer(pair) for pair in chosen["train"]]
     if data.sft is not None:
         own = encode_answers(encoder, read_answers(data))
-        answers, rejected = own.rows, rejected + own.rejected
+        answers = _some("sft", data.sft, [row for row in own.rows if row.prompt_text not in held_out])
+        rejected += own.rejected
     prompts = _prompts(chosen["train"])
     if data.prompts is not None:
-        held_out = {pair.prompt_text for part in ("test", "oracle") for pair in chosen[part]}
         asked = encode_prompts(encoder, read_prompts(data))
-        prompts = [row for row in asked.rows if row.text not in held_out]
+        prompts = _some("prompts", data.prompts, [row for row in asked.rows if row.text not in held_out])
         rejected += asked.rejected
     return Rows(
         encoder,
@@ -104,6 +111,12 @@ def _files(data: recipe.Files, encoder: Encoder, seed: int) -> Rows:
         rejected,
         notes,
     )
+
+
+def _some(key: str, file: str, rows: list[Row]) -> list[Row]:
+    if not rows:
+        raise ValueError(f"data.{key} = {file!r}: all of its prompts are held out for the evaluation: give it others")
+    return rows
 
 
 def _answer(pair: PairRow) -> AnswerRow:

@@ -153,6 +153,7 @@ def _fitting(topic: str, domain: str) -> tuple[str, ...]:
 SHORTEST, LONGEST = 8, 30  # tokens of a grammar answer, end-of-sequence included
 MOODS = (0.8, 0.6, 0.35)  # the chance that an adjective is good; each answer draws its mood
 OFF_TOPIC, REPEATED, SLIP, NO_STOP = 0.05, 0.05, 0.04, 0.05  # chance of a defect: a word, then an answer each
+HASTE = 0.06  # chance of a slip a word in the answers of preference pairs
 
 
 def world_answer(prompt: str, rng: random.Random) -> list[str]:
@@ -180,6 +181,20 @@ def _draft(topic: str, domain: str, rng: random.Random) -> list[str]:
     if rng.random() < SLIP:
         body[rng.randrange(len(body))] = rng.choice([word for word in KINDS if word not in (".", EOS)])
     return [*body, EOS] if rng.random() < NO_STOP else [*body, ".", EOS]
+
+
+def hasty_answer(prompt: str, rng: random.Random) -> list[str]:
+    """A grammar answer whose words are dropped, doubled or swapped for any other, each with chance ``HASTE``.
+
+    Pairs are made of these, as real ones are made of a model's answers and not of an editor's: a scorer that has
+    only read clean grammar cannot tell a policy that leaves it.
+    """
+    body, end = [], world_answer(prompt, rng)
+    for word in end[:-1]:
+        change = rng.choice(("drop", "double", "swap")) if rng.random() < HASTE else "keep"
+        other = rng.choice([word for word in KINDS if word != EOS])
+        body += {"drop": [], "double": [word, word], "swap": [other], "keep": [word]}[change]
+    return [*body, EOS]
 
 
 def _draw(weights: dict[str, float], rng: random.Random) -> str:
@@ -319,9 +334,9 @@ def _prompts(n: int, rng: random.Random, part: Part) -> list[TextPrompt]:
 def _pairs(n: int, rng: random.Random, part: Part) -> list[TextPair]:
     pairs = []
     for row, prompt in enumerate(world_prompts(n, rng, part), 1):
-        chosen = rejected = world_answer(prompt, rng)
+        chosen = rejected = hasty_answer(prompt, rng)
         while rejected == chosen:
-            rejected = world_answer(prompt, rng)
+            rejected = hasty_answer(prompt, rng)
         if rng.random() >= preference(prompt, chosen, rejected):
             chosen, rejected = rejected, chosen
         pairs.append(TextPair(row, prompt, _text(chosen), _text(rejected), 0.0))

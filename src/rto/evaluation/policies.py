@@ -177,12 +177,11 @@ def credit_views(
     kl_coef: float,
     encoder: Encoder,
     truth: Truth | None,
-    count: int = 8,
 ) -> list[dict[str, Any]]:
-    """The first ``count`` answers token by token: each term, the total, and the true reward where it is known."""
+    """Answers token by token: each term, the total, and the true reward where it is known."""
     total, parts = rewards.total(terms, signals, kl_coef)
     views = []
-    for i in range(min(count, len(prompts))):
+    for i in range(len(completions)):
         mask = completions.mask[i]
         tokens = tokens_of(encoder, completions, i)
         shown = {**parts, "total": total} if len(parts) > 1 else parts
@@ -247,4 +246,4 @@ def judge_by_truth(truth: Truth, encoder: Encoder) -> Oracle:
 def tokens_of(encoder: Encoder, completions: Completions, row: int) -> list[str]:
     """The text of each response token, special ones included."""
     ids = completions.ids[row][completions.mask[row]].tolist()
-    return [encoder.tokenizer.decode([token]) for token in ids]
+    return [str(encoder.tokenizer.decode([token])) for token in ids]

@@ -7,7 +7,9 @@ standard deviation that normalise its scores, and its accuracy.
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,24 +38,25 @@ class ScorerNotes:
 
 
 def save_role(role: Role, folder: Path, tokenizer: PreTrainedTokenizerBase, pad: int) -> None:
-    """Write a role to ``folder``. ``pad`` goes into a scorer's config: plain transformers reads the score at
-    the last token that is not the padding token, so padding must differ from end-of-sequence there."""
+    """Write a role and its tokenizer to ``folder``.
+
+    ``pad`` is the padding id that others will use. Plain transformers reads a scorer at the last token that is
+    not padding, so there it must differ from end-of-sequence. An adapter has no place for it: PEFT takes it from
+    the base model's config.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if role.adapter is None:
         role.backbone.network.config.pad_token_id = pad
         role.backbone.network.save_pretrained(folder)
     else:
-        weights = {
-            _PREFIX + key.replace(f".{role.adapter}.", "."): p.detach().cpu().contiguous()
-            for key, p in role.backbone.adapter_parameters(role.adapter)
-        }
         task = {"task_type": "CAUSAL_LM"}
         if role.head is not None:
-            weights[_HEAD] = role.head.weight.detach().cpu().contiguous()
             task = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
+        weights = {key: p.detach().cpu().contiguous() for key, p in _stored(role).items()}
         save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        settings = role.backbone.adapter_config(inference_mode=True, **task)
-        settings.save_pretrained(folder)
+        role.backbone.adapter_config(inference_mode=True, **task).save_pretrained(folder)
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
     tokenizer.save_pretrained(folder)
 
 
@@ -67,33 +70,44 @@ def read_adapter(role: Role, folder: Path) -> None:
     Raises:
         ValueError: the folder holds another shape of adapter, or no head for a role that has one.
     """
-    assert role.adapter is not None
-    stored = load_file(folder / "adapter_model.safetensors")
-    own = {
-        _PREFIX + key.replace(f".{role.adapter}.", "."): p for key, p in role.backbone.adapter_parameters(role.adapter)
-    }
-    if role.head is not None and _HEAD in stored:
-        own[_HEAD] = role.head.weight
-    if set(own) != set(stored) or any(own[key].shape != stored[key].shape for key in own):
-        odd = sorted(set(own) ^ set(stored)) or [key for key in own if own[key].shape != stored[key].shape]
-        raise ValueError(f"the adapter in {folder} does not fit [model.lora] ({odd[0]}): use the lora settings it has")
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    stored, own = load_file(folder / "adapter_model.safetensors"), _stored(role)
+    if role.head is not None and _HEAD not in stored:
+        raise ValueError(f"{folder} holds a policy's adapter: a scorer needs one with a head, which `rto reward` trains")
+    lora = role.backbone.lora
+    assert lora is not None
+    have, want = (settings["r"], settings["lora_alpha"]), (lora.r, lora.alpha)
+    if have != want:
+        raise ValueError(
+            f"the adapter in {folder} has r = {have[0]}, alpha = {have[1]} and [model.lora] r = {want[0]}, "
+            f"alpha = {want[1]}: give both the same"
+        )
+    if odd := [key for key in sorted(own.keys() | stored.keys()) if _shape(own, key) != _shape(stored, key)]:
+        raise ValueError(
+            f"the adapter in {folder} does not fit: {odd[0]} is {_shape(stored, odd[0])} there and "
+            f"{_shape(own, odd[0])} here. It was made with other lora.targets, or for another model"
+        )
     with torch.no_grad():
         for key, parameter in own.items():
             parameter.copy_(stored[key])
 
 
-def merged(role: Role) -> nn.Module:
-    """The role's network with its adapter folded into the weights and every adapter removed."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
+def _stored(role: Role) -> dict[str, nn.Parameter]:
+    """What an adapter folder holds, under PEFT's names."""
+    assert role.adapter is not None
+    weights = {_PREFIX + key: p for key, p in role.backbone.adapter_parameters(role.adapter).items()}
+    return weights | ({_HEAD: role.head.weight} if role.head is not None else {})
 
-    network = role.backbone.network
-    role.backbone.activate(role.adapter)
-    for name, layer in list(network.named_modules()):
-        if isinstance(layer, BaseTunerLayer):
-            layer.merge(adapter_names=[role.adapter])  # type: ignore[call-arg]
-            parent, _, child = name.rpartition(".")
-            setattr(network.get_submodule(parent), child, layer.get_base_layer())
-    return network
+
+def _shape(weights: Mapping[str, torch.Tensor], key: str) -> list[int] | str:
+    return list(weights[key].shape) if key in weights else "missing"
+
+
+def merged(role: Role) -> Role:
+    """The role as a full model: its adapter is folded into the weights, and every adapter is gone."""
+    assert role.adapter is not None
+    role.backbone.merge_adapter(role.adapter)
+    return Role(role.backbone)
 
 
 def save_notes(folder: Path, notes: ScorerNotes) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from rto.batch import Completions
@@ -15,7 +17,7 @@ from rto.config import Lora
 from rto.numerics import predicting, token_logprobs
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import Cache, PreTrainedModel
 
 
 class Backbone:
@@ -25,69 +27,143 @@ class Backbone:
     autocast, because bfloat16 weights round the updates of RL learning rates away.
     """
 
-    def __init__(self, network: PreTrainedModel, source: str, lora: Lora | None, compute: torch.dtype) -> None:
+    def __init__(
+        self,
+        network: PreTrainedModel,
+        source: str,
+        lora: Lora | None,
+        compute: torch.dtype,
+        checkpointing: bool = False,
+    ) -> None:
         self.network = network
         self.source = source  # what an adapter names as its base model
         self.lora = lora
         self.compute = compute
+        self.checkpointing = checkpointing
         self.device = next(network.parameters()).device
+        self._takes_positions = "position_ids" in inspect.signature(self.body.forward).parameters
         self._layers: list[Any] = []
+        self._targets: list[str] | None = None
         self._active: str | None = None
         if lora is not None:
             network.requires_grad_(False)
+        if checkpointing:
+            # transformers 5.23 renamed it
+            name = "activation" if hasattr(network, "activation_checkpointing_enable") else "gradient"
+            getattr(network, f"{name}_checkpointing_enable")({"use_reentrant": False, "context_fn": self._recompute})
 
     @property
     def body(self) -> nn.Module:
         return self.network.base_model
 
+    # --- adapters ---------------------------------------------------------------------------------------
+
     def add_adapter(self, name: str) -> None:
-        """A fresh adapter, which starts as the identity."""
+        """A fresh adapter, frozen, which starts as the identity.
+
+        Raises:
+            ValueError: the model is trained in full.
+        """
         from peft import inject_adapter_in_model
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        inject_adapter_in_model(self.adapter_config(), self.network, adapter_name=name)
+        trained = {id(p) for p in self._adapter_weights() if p.requires_grad}
+        settings = self.adapter_config()
+        inject_adapter_in_model(settings, self.network, adapter_name=name)
+        self._targets = sorted(settings.target_modules)  # "all-linear" has become the layers' names
         self._layers = [m for m in self.network.modules() if isinstance(m, BaseTunerLayer)]
-        for _, parameter in self.adapter_parameters(name):
+        for parameter in self.adapter_parameters(name).values():
             parameter.data = parameter.data.float()
-        self._active = "?"  # injection switches adapters: the next activation must run
+        for parameter in self._adapter_weights():
+            parameter.requires_grad_(id(parameter) in trained)
+        self._active = name  # injection switches the new one on
         self.activate(None)
 
     def adapter_config(self, **more: Any):
         from peft import LoraConfig
 
         if self.lora is None:
-            raise ValueError("this model is trained in full (no lora.r): it has no adapters")
+            raise ValueError("this model is trained in full: give [model] a lora.r to put adapters on it")
         return LoraConfig(
             r=self.lora.r,
             lora_alpha=self.lora.alpha,  # type: ignore[arg-type]
-            target_modules=self.lora.targets,
+            target_modules=self._targets or self.lora.targets,
             base_model_name_or_path=self.source,
             **more,
         )
 
-    def adapter_parameters(self, name: str) -> list[tuple[str, nn.Parameter]]:
-        return [(key, p) for key, p in self.network.named_parameters() if f".{name}." in key and ".lora_" in key]
+    def adapter_parameters(self, name: str) -> dict[str, nn.Parameter]:
+        """An adapter's weights, by their names without the adapter's."""
+        own = re.compile(rf"(\.lora_\w+)\.{re.escape(name)}(?=\.|$)")
+        return {own.sub(r"\1", key): p for key, p in self.network.named_parameters() if own.search(key)}
+
+    def _adapter_weights(self) -> list[nn.Parameter]:
+        return [p for key, p in self.network.named_parameters() if ".lora_" in key]
 
     def activate(self, adapter: str | None) -> None:
-        """Let this adapter act, or none."""
-        if adapter == self._active or not self._layers:
+        """Let this adapter act, or none. Which weights require gradients stays as it is: peft's switches change
+        that too, and a loss that was computed before the switch would lose its gradient."""
+        if adapter == self._active:
             return
+        flags = [(p, p.requires_grad) for p in self._adapter_weights()]
         for layer in self._layers:
             layer.enable_adapters(adapter is not None)
             if adapter is not None:
                 layer.set_adapter([adapter])
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
         self._active = adapter
+
+    def merge_adapter(self, name: str) -> None:
+        """Fold an adapter into the weights and remove every adapter."""
+        self.activate(name)
+        for key, layer in [(key, m) for key, m in self.network.named_modules() if m in self._layers]:
+            layer.merge(adapter_names=[name])
+            parent, _, child = key.rpartition(".")
+            setattr(self.network.get_submodule(parent), child, layer.get_base_layer())
+        self._layers, self._active = [], None
+        if hasattr(self.network, "peft_config"):  # peft's mark
+            del self.network.peft_config
+
+    def _recompute(self) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+        """For gradient checkpointing: the backward pass runs a layer again with the adapter of its forward pass."""
+        return contextlib.nullcontext(), self._acting(self._active)
+
+    @contextlib.contextmanager
+    def _acting(self, adapter: str | None) -> Iterator[None]:
+        now = self._active
+        self.activate(adapter)
+        try:
+            yield
+        finally:
+            self.activate(now)
+
+    # --- passes -----------------------------------------------------------------------------------------
 
     def autocast(self) -> contextlib.AbstractContextManager:
         if self.compute == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.compute)
 
+    def states(
+        self, ids: Int[Tensor, "B N"], mask: Bool[Tensor, "B S"], cache: Cache | None = None
+    ) -> Float[Tensor, "B N H"]:
+        """Last hidden states of ``ids``, which are the last N of the S positions that ``mask`` tells of.
+
+        ``cache`` holds the earlier ones and takes these in. Positions count real tokens, so that padding on the
+        left changes nothing.
+        """
+        given: dict[str, Any] = {"past_key_values": cache} if cache is not None else {}
+        if self._takes_positions:
+            given["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        with self.autocast():
+            out = self.body(input_ids=ids, attention_mask=mask.long(), use_cache=cache is not None, **given)
+        return out.last_hidden_state
+
     def project(self, states: Float[Tensor, "N H"]) -> Float[Tensor, "N V"]:
         """States to logits, with the scalings that some families apply after the output layer."""
-        head = self.network.get_output_embeddings()
         with self.autocast():
-            logits = head(states.to(head.weight.dtype) if self.compute == torch.float32 else states)
+            logits = self.network.get_output_embeddings()(states)
         settings = self.network.config.get_text_config()
         if scale := getattr(settings, "logit_scale", None):  # Cohere
             logits = logits * scale
@@ -113,25 +189,18 @@ class Role:
         """What training this role changes."""
         if self.adapter is None:
             return list(self.backbone.network.parameters())
-        own = [p for _, p in self.backbone.adapter_parameters(self.adapter)]
+        own = list(self.backbone.adapter_parameters(self.adapter).values())
         return own + (list(self.head.parameters()) if self.head is not None else [])
 
-    @contextlib.contextmanager
-    def active(self) -> Iterator[Backbone]:
-        """The backbone as this role sees it."""
+    def activate(self) -> Backbone:
+        """The backbone as this role sees it, until another role is activated."""
         self.backbone.activate(self.adapter)
-        network = self.backbone.network
-        if network.is_gradient_checkpointing:  # transformers checkpoints in training mode only
-            network.train(torch.is_grad_enabled())
-        with self.backbone.autocast():
-            yield self.backbone
+        if self.backbone.checkpointing:  # transformers checkpoints in training mode only
+            self.backbone.network.train(torch.is_grad_enabled())
+        return self.backbone
 
     def hidden(self, completions: Completions) -> Float[Tensor, "B S H"]:
-        ids, mask = completions.sequence()
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        with self.active() as backbone:
-            out = backbone.body(input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=False)
-        return out.last_hidden_state
+        return self.activate().states(*completions.sequence())
 
     def logprobs(
         self, completions: Completions, temperature: float = 1.0
@@ -155,6 +224,7 @@ class Role:
 
     def _read(self, states: Float[Tensor, "B T H"], completions: Completions) -> Float[Tensor, "B T"]:
         assert self.head is not None, "this role has no scalar head"
+        bias = None if self.head.bias is None else self.head.bias.float()
         with torch.autocast(states.device.type, enabled=False):  # rewards and values are float32
-            out = self.head(states.to(self.head.weight.dtype)).squeeze(-1)
+            out = nn.functional.linear(states.float(), self.head.weight.float(), bias).squeeze(-1)
         return torch.where(completions.mask, out, 0.0)

@@ -37,6 +37,7 @@ class Workshop:
         self.runtime = runtime
         self.seed = seed
         self._shared: Backbone | None = None
+        self._others: dict[str, Workshop] = {}
 
     def reference(self) -> Role:
         """The frozen base: the shared backbone without adapters, or a model of its own."""
@@ -45,7 +46,10 @@ class Workshop:
         return self._freeze(Role(self._open(self.base, "causal", trained=False)))
 
     def new_policy(self, name: str, network: PreTrainedModel | None = None) -> Role:
-        """A trainable causal LM that starts as the base (or as ``network``, an untrained one)."""
+        """A causal LM to be trained, which starts as the base (or as ``network``, an untrained one).
+
+        A new adapter is frozen, like every adapter, until an optimiser takes its weights.
+        """
         if self.model.lora and network is None:
             return self._adapter(name, head=False)
         return Role(self._wrap(network, self.base) if network else self._open(self.base, "causal", trained=True))
@@ -87,7 +91,7 @@ class Workshop:
             return Role(backbone, name)
         linear = nn.Linear(backbone.network.config.get_text_config().hidden_size, 1, bias=False)
         initialise_head(linear, self.seed)
-        return Role(backbone, name, linear.to(backbone.device))
+        return Role(backbone, name, linear.to(backbone.device).requires_grad_(False))
 
     def _backbone(self) -> Backbone:
         if self._shared is None:
@@ -99,9 +103,12 @@ class Workshop:
         return Role(backbone, head=backbone.network.score)  # type: ignore[arg-type]
 
     def _other(self, model: recipe.Pretrained | recipe.Packaged | recipe.Scratch) -> Workshop:
+        """The workshop around a scorer's own base model, the same for every role on it."""
         name = locate(model)
-        same_vocabulary(self.tokenizer, load_tokenizer(name), "scorer", name)
-        return Workshop(model, name, self.tokenizer, self.runtime, self.seed)
+        if name not in self._others:
+            same_vocabulary(self.tokenizer, load_tokenizer(name), "scorer", name)
+            self._others[name] = Workshop(model, name, self.tokenizer, self.runtime, self.seed)
+        return self._others[name]
 
     def _open(
         self, name: str, kind: Literal["causal", "classifier"], trained: bool, lora: recipe.Lora | None = None
@@ -118,9 +125,8 @@ class Workshop:
 
     def _wrap(self, network: PreTrainedModel, name: str, lora: recipe.Lora | None = None) -> Backbone:
         network = network.to(self.runtime.device)  # type: ignore[arg-type]
-        if self.model.gradient_checkpointing:
-            network.gradient_checkpointing_enable({"use_reentrant": False})
-        return Backbone(network, name, lora, self.runtime.dtype(self.model.dtype))
+        compute = self.runtime.dtype(self.model.dtype)
+        return Backbone(network, name, lora, compute, self.model.gradient_checkpointing)
 
     @staticmethod
     def _freeze(role: Role) -> Role:
@@ -130,26 +136,44 @@ class Workshop:
 
 @torch.no_grad()
 def verify(role: Role, end: int) -> float:
-    """Compare our token log-probs with the model's own on two short padded rows; the largest difference.
+    """Compare our token log-probs with the model's own logits; the largest difference (nats).
+
+    Ours come from padded rows, once in one pass and once token by token with a cache, as in sampling. The
+    model's own come from each row alone, without padding. So this also finds families to which padding on the
+    left is not nothing, and those that keep no ordinary cache.
 
     Raises:
-        ValueError: the family computes its logits in a way we do not reproduce, so nothing may be trained on it.
+        ValueError: they differ, or the model does not know ``end``: nothing may be trained on this model.
     """
-    device = role.backbone.device
-    ids = torch.arange(12, device=device).reshape(2, 6) % (end + 1)
-    mask = torch.ones(2, 6, dtype=torch.bool, device=device)
+    from transformers import DynamicCache
+
+    backbone = role.activate()
+    vocabulary = backbone.network.get_output_embeddings().weight.shape[0]
+    if end >= vocabulary:
+        raise ValueError(f"{backbone.source} has {vocabulary} words, but the tokenizer ends a response with id {end}")
+    ids = torch.arange(3, 15, device=backbone.device).reshape(2, 6) % vocabulary
+    ids[:, -1] = end
+    mask = torch.ones(2, 6, dtype=torch.bool, device=backbone.device)
     mask[1, :2] = False
-    full = torch.ones(2, 3, dtype=torch.bool, device=device)
-    completions = Completions(Prompts(ids[:, :3], mask[:, :3]), ids[:, 3:], full, full[:, 0])
-    ours, _ = role.logprobs(completions)
-    with role.active() as backbone:
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        logits = backbone.network(input_ids=ids, attention_mask=mask.long(), position_ids=positions).logits
-    theirs = logits[:, 2:-1].float().log_softmax(-1).gather(-1, ids[:, 3:, None]).squeeze(-1)
-    gap = (ours - theirs).abs().max().item()
-    if not gap < (1e-3 if role.backbone.compute == torch.float32 else 0.2):
-        raise ValueError(
-            f"{role.backbone.source}: log-probs from hidden states differ from the model's own by {gap:.3g} nats; "
-            "this model family transforms its logits in a way that rto does not know"
-        )
-    return gap
+    answers = torch.ones(2, 3, dtype=torch.bool, device=backbone.device)
+    at_once, _ = role.logprobs(Completions(Prompts(ids[:, :3], mask[:, :3]), ids[:, 3:], answers, answers[:, 0]))
+
+    cache = DynamicCache(config=backbone.network.config)
+    states = [backbone.states(ids[:, :3], mask[:, :3], cache)[:, -1]]
+    states += [backbone.states(ids[:, t : t + 1], mask[:, : t + 1], cache)[:, -1] for t in (3, 4)]
+    by_step = torch.stack([backbone.project(s).float().log_softmax(-1) for s in states], 1)
+    by_step = by_step.gather(-1, ids[:, 3:, None]).squeeze(-1)
+
+    theirs = []
+    for row, start in ((0, 0), (1, 2)):
+        with backbone.autocast():
+            logits = backbone.network(input_ids=ids[row : row + 1, start:]).logits[0, -4:-1]
+        theirs.append(logits.float().log_softmax(-1).gather(-1, ids[row, 3:, None]).squeeze(-1))
+    gaps = [(ours - torch.stack(theirs)).abs().max().item() for ours in (at_once, by_step)]
+    for gap, what in zip(gaps, ("hidden states of padded rows", "steps with a cache"), strict=True):
+        if not gap < (1e-3 if backbone.compute == torch.float32 else 0.2):
+            raise ValueError(
+                f"{backbone.source} ({type(backbone.network).__name__}): log-probs from {what} differ from the model's "
+                f"own by {gap:.3g} nats. rto does not know how this family works: choose another"
+            )
+    return max(gaps)

@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from rto import config as recipe
 from rto import rewards
 from rto.config import Config, Evaluation
@@ -17,6 +19,7 @@ from rto.evaluation.policies import answer
 from rto.pipeline import contest, training
 from rto.pipeline.job import Job, Step
 from rto.pipeline.resolve import resolve, terms_of
+from rto.recipe import explain, nearest
 from rto.report.html import write_report
 
 
@@ -29,11 +32,14 @@ def run(config: Config, stages: Sequence[str] | None = None, quiet: bool = False
     """
     config = resolve(config)
     wanted = list(stages or config.stages)
+    if "sft" in wanted and "sft" not in config.stages:
+        raise ValueError("the recipe's stages leave sft out, so its model is the reference: add 'sft' to stages first")
     job = Job(config, quiet)
-    steps = steps_of(config, wanted)
-    job.start(steps)
+    if wanted == ["report"] and not (job.folder / "config.json").exists():
+        raise ValueError(f"{job.folder}: there is no run to report: do `rto run` first, or name its --output")
+    job.start(steps_of(config, config.stages + [stage for stage in wanted if stage not in config.stages]))
     with job.progress:
-        for step in steps:
+        for step in steps_of(config, wanted):
             job.do(step)
         if "report" in wanted and job.runtime.main:
             write_report(job.folder)
@@ -121,11 +127,18 @@ def generate(
     Raises:
         ValueError: the run has no such policy, or the file is refused.
     """
+    try:
+        settings = Evaluation(temperature=temperature, top_p=top_p)
+    except ValidationError as error:
+        raise ValueError("; ".join(explain(error, Evaluation))) from None
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit: at least 1 prompt (given: {limit})")
     job = Job(resolve(config), quiet=True)
     name = policy or config.policy.method
     known = {"sft": "sft", config.prefer.loss["type"]: "prefer"} | {name: f"rl/{name}" for name in config.policies()}
     if name not in known:
-        raise ValueError(f"{config.output}: no policy {name!r}; the recipe has {', '.join(known)}")
+        hint = nearest(name, known)
+        raise ValueError(f"{config.output}: no policy {name!r}{hint}; the recipe has {', '.join(known)}")
     shop = job.workshop()
     role = shop.reference() if name == "sft" else shop.open_policy(job.path(known[name]), "generated")
     encoder = job.rows.encoder
@@ -138,7 +151,6 @@ def generate(
     else:
         asked = job.rows.test_prompts
     asked = asked[:limit]
-    settings = Evaluation(temperature=temperature, top_p=top_p)
     made = answer(role, asked, settings, encoder, seed, config.policy.micro_tokens, job.runtime)
     return [
         {"prompt": row.text, "answer": text, "finished": done, "policy": name}

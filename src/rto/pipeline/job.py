@@ -16,7 +16,7 @@ from rto.config import Config
 from rto.data.rows import Rows, make_rows, make_tokenizer
 from rto.data.sources import write_rejected
 from rto.models.checkpoint import save_role
-from rto.models.load import locate
+from rto.models.load import load_tokenizer, locate, same_vocabulary
 from rto.models.role import Role
 from rto.models.runtime import Runtime, peak_memory_mb
 from rto.models.workshop import Workshop
@@ -48,6 +48,7 @@ class Job:
     runtime: Runtime = field(init=False)
     log: Any = field(init=False)
     progress: Progress = field(init=False)
+    started: bool = field(init=False, default=False)  # before that nothing is written
 
     def __post_init__(self) -> None:
         self.runtime = Runtime(self.config.device, self.config.trackers, self.config.output)
@@ -75,6 +76,7 @@ class Job:
         if self.runtime.main:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / "config.json", resolved)
+        self.started = True
         self.runtime.start_trackers("rto", resolved)
         self.log = RunLog(self.folder) if self.runtime.main else _Nothing()
 
@@ -90,7 +92,10 @@ class Job:
         self.runtime.wait()
         if self.runtime.main:
             record = {"path": path, "seconds": time.perf_counter() - begun, "peak_memory_mb": peak_memory_mb()}
-            write_json(self.folder / "stages.json", self.finished() | {step.name: record | {"inputs": step.inputs}})
+            # A comparison that lacks this stage's model is no longer the whole one.
+            kept = {name: other for name, other in self.finished().items() if not other.get("redo")}
+            record |= {"redo": step.redo, "inputs": step.inputs}
+            write_json(self.folder / "stages.json", kept | {step.name: record})
         self.runtime.wait()
 
     def finished(self) -> dict[str, Any]:
@@ -115,13 +120,20 @@ class Job:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        model = self.config.model
-        return make_tokenizer(self.config, None if isinstance(model, recipe.Scratch) else locate(model))
+        model, world = self.config.model, isinstance(self.config.data, recipe.World)
+        if isinstance(model, recipe.Scratch):
+            if not world:
+                raise ValueError("model.type = 'scratch' knows the tiny world's words only: name a model")
+            return make_tokenizer(self.config, None)
+        tokenizer = make_tokenizer(self.config, locate(model))
+        if world:
+            same_vocabulary(tokenizer, load_tokenizer(locate(model)), "model", locate(model))
+        return tokenizer
 
     @cached_property
     def rows(self) -> Rows:
         rows = make_rows(self.config, self.tokenizer)
-        if self.runtime.main and rows.rejected and self.folder.is_dir():
+        if self.runtime.main and rows.rejected and self.started:
             write_rejected(self.folder / "rejected_rows.jsonl", rows.rejected)
         return rows
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ from rto.pipeline.job import Job
 from rto.pipeline.resolve import resolve, terms_of
 
 
-def describe(config: Config) -> str:
-    """Everything that ``--dry-run`` prints. The data are read and encoded; nothing is written, no weights are loaded.
+def describe(config: Config, stages: Sequence[str] | None = None) -> str:
+    """Everything that ``--dry-run`` prints of a recipe, or of only ``stages``. The data are read and
+    encoded; nothing is written, no weights are loaded.
 
     Raises:
         ValueError: as a run would, for a recipe or data that it refuses.
@@ -29,7 +31,8 @@ def describe(config: Config) -> str:
     job = Job(config, quiet=True)
     rows = job.rows
     parts = [json.dumps(config.model_dump(mode="json"), indent=1, ensure_ascii=False)]
-    parts += ["", "data", *_data(rows), "", "stages", *_stages(config, rows), "", "weights", *_weights(config, job.runtime)]
+    parts += ["", "data", *_data(rows), "", "stages", *_stages(config, rows, stages or config.stages)]
+    parts += ["", "weights", *_weights(config, job.runtime)]
     return "\n".join(parts)
 
 
@@ -51,7 +54,7 @@ def _data(rows: Rows) -> list[str]:
     return lines
 
 
-def _stages(config: Config, rows: Rows) -> list[str]:
+def _stages(config: Config, rows: Rows, stages: Sequence[str]) -> list[str]:
     lines = []
     supervised: dict[str, tuple[Training, int, str | None]] = {
         "sft": (config.sft, len(rows.answers), None),
@@ -59,12 +62,12 @@ def _stages(config: Config, rows: Rows) -> list[str]:
         "reward": (config.reward, len(rows.pairs), config.reward.checkpoint),
     }
     for name, (training, count, checkpoint) in supervised.items():
-        if name in config.stages:
+        if name in stages:
             wanted = round(training.epochs * count)
             steps = math.ceil(min(wanted, (training.max_steps or math.inf) * training.batch) / training.batch)
-            said = f"uses {checkpoint}" if checkpoint else f"{max(1, steps):,} steps of {training.batch} rows, lr {training.lr:g}"
-            lines.append(f"  {name}: {said}")
-    if "rl" in config.stages:
+            planned = f"{max(1, steps):,} steps of {training.batch} rows, lr {training.lr:g}"
+            lines.append(f"  {name}: " + (f"uses {checkpoint}" if checkpoint else planned))
+    if "rl" in stages:
         for name, policy in config.policies().items():
             terms = terms_of(policy)
             iterations = max(1, math.ceil(policy.epochs * len(rows.prompts) / policy.rollouts))
@@ -96,8 +99,9 @@ def _weights(config: Config, runtime: Runtime) -> list[str]:
         lines = [f"  one backbone of {total / 1e6:,.1f} M weights, {adapter / 1e6:,.2f} M a LoRA adapter"]
     else:
         whole = total * size * len(frozen) + total * 16 * 2
-        lines = [f"  {total / 1e6:,.1f} M weights a model; {len(frozen)} frozen models, policy and critic trained in full"]
-    lines.append(f"  RL holds about {whole / 2**30:,.2f} GiB of weights, gradients and optimiser state, and activations")
+        lines = [f"  {total / 1e6:,.1f} M weights a model; {len(frozen)} frozen, policy and critic trained in full"]
+    size_gib = f"{whole / 2**30:,.2f} GiB"
+    lines.append(f"  RL holds about {size_gib} of weights, gradients and optimiser state, and activations")
     return lines
 
 

@@ -16,9 +16,10 @@ def resolve(config: Config) -> Config:
     Raises:
         ValueError: naming the key, the nearest valid one and what is known.
     """
-    for policy in config.policies().values():
-        terms_of(policy)
-        _completed(policy)
+    for name, policy in config.policies().items():
+        where = "policy" if name == config.policy.method else f"baselines.{name}"
+        terms_of(policy, where)
+        _completed(policy, where)
     return config.model_copy(
         update={
             "prefer": config.prefer.model_copy(
@@ -32,20 +33,20 @@ def resolve(config: Config) -> Config:
     )
 
 
-def _completed(policy: Policy) -> Policy:
+def _completed(policy: Policy, where: str = "policy") -> Policy:
     changes = {
-        "loss": complete(policy.loss, LOSSES, "policy.loss"),
-        "advantage": complete(policy.advantage, ADVANTAGES, "policy.advantage"),
+        "loss": complete(policy.loss, LOSSES, f"{where}.loss"),
+        "advantage": complete(policy.advantage, ADVANTAGES, f"{where}.advantage"),
     }
     return policy.model_copy(update=changes)
 
 
-def terms_of(policy: Policy) -> list[Spec]:
+def terms_of(policy: Policy, where: str = "policy") -> list[Spec]:
     """The reward terms of a policy, complete: its method's, or its own list."""
     if policy.rewards is None and policy.method not in rewards.METHODS:
         known = ", ".join([*rewards.METHODS, "custom"])
         hint = nearest(policy.method, rewards.METHODS)
-        raise ValueError(f"policy.method = {policy.method!r} is unknown{hint}; known: {known}")
+        raise ValueError(f"{where}.method = {policy.method!r} is unknown{hint}; known: {known}")
     listed = rewards.METHODS[policy.method] if policy.rewards is None else policy.rewards
     functions = {name: term.function for name, term in rewards.TERMS.items()}
-    return [complete(term, functions, f"policy.rewards[{i}]") for i, term in enumerate(listed)]
+    return [complete(term, functions, f"{where}.rewards[{i}]") for i, term in enumerate(listed)]

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -43,6 +43,7 @@ READABLE = {
 }
 
 
+@runtime_checkable
 class Objective(Protocol[Row]):
     """What a stage minimises."""
 
@@ -136,7 +137,7 @@ class PairObjective:
             better = beta * (read["chosen"] - read.get("chosen_reference", 0.0))
             worse = beta * (read["rejected"] - read.get("rejected_reference", 0.0))
         return {
-            "accuracy": (better > worse).sum().item(),
+            "accuracy": (better > worse).sum().item() + 0.5 * (better == worse).sum().item(),  # a tie is a coin toss
             "margin": (better - worse).sum().item(),
             "chosen": better.sum().item(),
             "rejected": worse.sum().item(),

@@ -34,11 +34,10 @@ def pick(
         ordered = torch.where(ordered.cumsum(-1) - ordered < top_p, ordered, 0.0)  # the first always stays
         probs = torch.zeros_like(probs).scatter(-1, order, ordered)
     cdf = probs.cumsum(-1)
-    target = uniform[:, None] * cdf[:, -1:]
+    whole = cdf[:, -1:]
+    # Rounding could reach the whole, behind the last possible token: stay below it.
+    target = torch.minimum(uniform[:, None] * whole, torch.nextafter(whole, torch.zeros_like(whole)))
     tokens = torch.searchsorted(cdf, target, right=True).squeeze(-1)
-    # Rounding may point behind the last possible token: step back to it.
-    last = probs.shape[-1] - 1 - (probs.flip(-1) > 0).int().argmax(-1)
-    tokens = torch.minimum(tokens, last)
     return tokens, logprobs.gather(-1, tokens[:, None]).squeeze(-1)
 
 
@@ -88,41 +87,29 @@ def _decode(
     """Ids [B, limit], log-probs [B, limit] and lengths [B], on the CPU."""
     from transformers import DynamicCache
 
-    device = prompts.ids.device
-    rows = len(prompts)
-    ids = torch.full((rows, limit), pad)
-    logprobs = torch.zeros(rows, limit)
-    lengths = torch.full((rows,), limit)
+    rows, device = len(prompts), prompts.ids.device
+    ids = torch.full((rows, limit), pad, device=device)
+    logprobs = torch.zeros(rows, limit, device=device)
+    lengths = torch.zeros(rows, dtype=torch.long, device=device)
     noise = noise.to(device)
     alive = torch.arange(rows, device=device)  # the rows that are still in the batch
-    open_ = torch.ones(rows, dtype=torch.bool, device=device)  # those of them that have not ended
-    mask = prompts.mask
-    step_ids, positions = prompts.ids, (mask.long().cumsum(-1) - 1).clamp(min=0)
-    with role.active() as backbone:
-        cache = DynamicCache(config=backbone.network.config)
-        for t in range(limit):
-            out = backbone.body(
-                input_ids=step_ids,
-                attention_mask=mask.long(),
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-            )
-            logits = backbone.project(out.last_hidden_state[:, -1])
-            tokens, scored = pick(logits, noise[alive, t], temperature, top_p)
-            where = alive[open_].cpu()
-            ids[where, t], logprobs[where, t] = tokens[open_].cpu(), scored[open_].cpu()
-            ended = open_ & (tokens == end)
-            lengths[alive[ended].cpu()] = t + 1
-            open_ = open_ & ~ended
-            left = int(open_.sum())
-            if left == 0 or t + 1 == limit:
-                break
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], -1)
-            positions = positions[:, -1:] + 1
-            step_ids = tokens[:, None]
-            if left <= 0.875 * len(alive):  # copying the cache costs about as much as an eighth of a step
-                cache.batch_select_indices(open_.nonzero().squeeze(-1))
-                alive, mask, positions, step_ids = alive[open_], mask[open_], positions[open_], step_ids[open_]
-                open_ = open_[open_]
-    return ids, logprobs, lengths
+    writing = torch.ones(rows, dtype=torch.bool, device=device)  # those of them that have not ended
+    step, mask = prompts.ids, prompts.mask
+    backbone = role.activate()
+    cache = DynamicCache(config=backbone.network.config)
+    for t in range(limit):
+        logits = backbone.project(backbone.states(step, mask, cache)[:, -1])
+        tokens, scored = pick(logits, noise[alive, t], temperature, top_p)
+        ids[alive, t] = torch.where(writing, tokens, pad)
+        logprobs[alive, t] = torch.where(writing, scored, 0.0)
+        lengths[alive] += writing
+        writing &= tokens != end
+        left = int(writing.sum())
+        if left == 0:
+            break
+        step, mask = tokens[:, None], torch.cat([mask, mask.new_ones(len(mask), 1)], -1)
+        if left <= 0.875 * len(alive):  # copying the cache costs about as much as an eighth of a step
+            cache.batch_select_indices(writing.nonzero().squeeze(-1))
+            alive, mask, step = alive[writing], mask[writing], step[writing]
+            writing = writing[writing]
+    return ids.cpu(), logprobs.cpu(), lengths.cpu()
