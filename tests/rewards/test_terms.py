@@ -53,6 +53,11 @@ def test_implicit_without_a_clip_is_the_papers_text(signals):
     assert_close(implicit(signals, clip=float("inf")), expected)
 
 
+def test_a_clip_of_zero_is_no_switch(signals):
+    """The published code reads 0 as "no clip"; here None means that, and 0 leaves no reward."""
+    assert (implicit(signals, clip=0.0) == 0).all()
+
+
 def test_implicit_telescopes_to_the_answers_log_ratio(signals):
     """Without a clip its sum is scale * (log pi_guide(y) - log pi_ref(y))."""
     assert_close(implicit(signals, scale=0.1, clip=None).sum(-1), 0.1 * torch.tensor([-1.7, 1.5, -7.0, 0.0]))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -87,6 +89,9 @@ def load_network(
     """A causal LM or a one-label classifier, without dropout.
 
     A classifier that is made from a causal LM gets a fresh scalar head (:func:`initialise_head`).
+
+    Raises:
+        ValueError: a classifier with several labels, a family without a ``score`` layer, or weights that are missing.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -99,12 +104,29 @@ def load_network(
             raise ValueError(f"{name} is a classifier with {settings.num_labels} labels; a scorer has exactly one")
         settings.num_labels = 1
     factory = AutoModelForCausalLM if kind == "causal" else AutoModelForSequenceClassification
-    network = factory.from_pretrained(
-        name, config=settings, dtype=dtype, attn_implementation=attention, use_safetensors=True, **options
-    )
+    options |= {"config": settings, "dtype": dtype, "attn_implementation": attention}
+    with _without_load_report():
+        network, found = factory.from_pretrained(name, use_safetensors=True, output_loading_info=True, **options)
+    if lacking := sorted(set(found["missing_keys"]) - ({"score.weight"} if fresh else set())):
+        raise ValueError(f"{name} has no weights for {', '.join(lacking[:3])}: it is not a whole {type(network).__name__}")
+    if kind == "classifier" and not isinstance(getattr(network, "score", None), nn.Linear):
+        raise ValueError(f"{name}: {type(network).__name__} has no linear layer named score, so it cannot be a scorer")
     if fresh:
         initialise_head(network.score, seed)
     return without_dropout(network)
+
+
+@contextlib.contextmanager
+def _without_load_report() -> Iterator[None]:
+    """transformers warns of every head that is new; :func:`load_network` looks for missing weights itself."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def initialise_head(head: nn.Linear, seed: int) -> None:
@@ -142,7 +164,7 @@ def without_dropout(network: PreTrainedModel) -> PreTrainedModel:
     for module in network.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name in ("dropout", "attention_dropout", "attn_dropout", "activation_dropout"):
+        for name in ("dropout", "attention_dropout", "attn_dropout", "activation_dropout", "layerdrop"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
     return network.eval()

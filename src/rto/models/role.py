@@ -70,6 +70,7 @@ class Backbone:
         trained = {id(p) for p in self._adapter_weights() if p.requires_grad}
         settings = self.adapter_config()
         inject_adapter_in_model(settings, self.network, adapter_name=name)
+        del self.network.peft_config  # peft's mark: it would be saved, and warned of at the next adapter
         self._targets = sorted(settings.target_modules)  # "all-linear" has become the layers' names
         self._layers = [m for m in self.network.modules() if isinstance(m, BaseTunerLayer)]
         for parameter in self.adapter_parameters(name).values():
@@ -122,8 +123,6 @@ class Backbone:
             parent, _, child = key.rpartition(".")
             setattr(self.network.get_submodule(parent), child, layer.get_base_layer())
         self._layers, self._active = [], None
-        if hasattr(self.network, "peft_config"):  # peft's mark
-            del self.network.peft_config
 
     def _recompute(self) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
         """For gradient checkpointing: the backward pass runs a layer again with the adapter of its forward pass."""

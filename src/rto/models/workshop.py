@@ -151,7 +151,7 @@ def verify(role: Role, end: int) -> float:
     vocabulary = backbone.network.get_output_embeddings().weight.shape[0]
     if end >= vocabulary:
         raise ValueError(f"{backbone.source} has {vocabulary} words, but the tokenizer ends a response with id {end}")
-    ids = torch.arange(3, 15, device=backbone.device).reshape(2, 6) % vocabulary
+    ids = (vocabulary // 2 + torch.arange(12, device=backbone.device)).reshape(2, 6) % vocabulary  # ordinary words
     ids[:, -1] = end
     mask = torch.ones(2, 6, dtype=torch.bool, device=backbone.device)
     mask[1, :2] = False
@@ -171,7 +171,7 @@ def verify(role: Role, end: int) -> float:
         theirs.append(logits.float().log_softmax(-1).gather(-1, ids[row, 3:, None]).squeeze(-1))
     gaps = [(ours - torch.stack(theirs)).abs().max().item() for ours in (at_once, by_step)]
     for gap, what in zip(gaps, ("hidden states of padded rows", "steps with a cache"), strict=True):
-        if not gap < (1e-3 if backbone.compute == torch.float32 else 0.2):
+        if not gap < (1e-2 if backbone.compute == torch.float32 else 0.2):
             raise ValueError(
                 f"{backbone.source} ({type(backbone.network).__name__}): log-probs from {what} differ from the model's "
                 f"own by {gap:.3g} nats. rto does not know how this family works: choose another"

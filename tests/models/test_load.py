@@ -1,0 +1,195 @@
+"""Models come from folders as they were written, and what does not fit is refused with a remedy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch import nn
+
+from rto.config import Lora, Packaged, Pretrained, Scratch
+from rto.models.load import (
+    dequantise,
+    initialise_head,
+    load_network,
+    load_tokenizer,
+    locate,
+    same_vocabulary,
+    scratch_network,
+    without_dropout,
+)
+from rto.models.role import Role
+from rto.models.runtime import Runtime
+from rto.models.workshop import Workshop, verify
+
+SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+IDS = torch.tensor([[3, 4, 5, 6, 7]])
+
+
+def tokenizer(words: int = 50, last: str = "w49") -> hf.PreTrainedTokenizerFast:
+    names = ["<pad>", "<unk>", "<end>", *(f"w{i}" for i in range(3, words))]
+    names[-1] = last
+    inner = Tokenizer(WordLevel({word: i for i, word in enumerate(names)}, unk_token="<unk>"))
+    return hf.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", unk_token="<unk>", eos_token="<end>")
+
+
+def save(folder: Path, labels: int | None = None) -> Path:
+    """A Llama in a folder: a causal LM, or a classifier with ``labels`` labels."""
+    more = {} if labels is None else {"num_labels": labels}
+    settings = hf.LlamaConfig(vocab_size=50, bos_token_id=None, eos_token_id=2, pad_token_id=0, **SIZE, **more)
+    torch.manual_seed(0)
+    (hf.LlamaForCausalLM if labels is None else hf.LlamaForSequenceClassification)(settings).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def open_(folder: Path, kind="causal", seed: int = 0, **more) -> hf.PreTrainedModel:
+    return load_network(str(folder), kind, torch.float32, seed, **more)
+
+
+# --- networks -----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_causal_model_is_what_was_saved(tmp_path):
+    network = open_(save(tmp_path))
+    plain = hf.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(network(IDS).logits, plain(IDS).logits)
+    assert not network.training and network.config._attn_implementation == "sdpa"
+    assert open_(tmp_path, attention="eager").config._attn_implementation == "eager"
+
+
+def test_the_precision_is_what_was_asked_for(tmp_path):
+    network = load_network(str(save(tmp_path)), "causal", torch.bfloat16, 0)
+    assert {p.dtype for p in network.parameters()} == {torch.bfloat16}
+
+
+def test_a_fresh_head_depends_on_the_seed_only(tmp_path):
+    save(tmp_path)
+    heads = [open_(tmp_path, "classifier", seed).score.weight for seed in (0, 0, 1)]
+    assert heads[0].shape == (1, 32)
+    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
+    adapter = Workshop(Pretrained(name=str(tmp_path), lora=Lora(r=2)), str(tmp_path), tokenizer(), Runtime("cpu"), 0)
+    assert torch.equal(adapter.new_scorer("scorer", None).head.weight, heads[0])
+
+
+def test_the_head_is_small():
+    head = nn.Linear(999, 1, bias=False)
+    initialise_head(head, 0)
+    assert head.weight.std().item() == pytest.approx(1 / 1000, rel=0.1)
+
+
+@torch.no_grad()
+def test_a_trained_head_is_kept(tmp_path):
+    network = open_(save(tmp_path, labels=1), "classifier")
+    assert torch.equal(network.score.weight, load_file(tmp_path / "model.safetensors")["score.weight"])
+
+
+def test_a_classifier_with_several_labels_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="3 labels; a scorer has exactly one"):
+        open_(save(tmp_path, labels=3), "classifier")
+
+
+@pytest.mark.parametrize(("labels", "kind"), [(None, "causal"), (None, "classifier"), (1, "classifier")])
+def test_missing_weights_are_refused(tmp_path, labels, kind):
+    path = save(tmp_path, labels) / "model.safetensors"
+    weights = load_file(path)
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="no weights for model.layers.1.mlp.up_proj.weight"):
+        open_(tmp_path, kind)
+
+
+def test_dropout_is_off():
+    settings = hf.GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)
+    assert settings.resid_pdrop == 0.1, "the case tests something"
+    network = without_dropout(hf.GPT2LMHeadModel(settings)).train()
+    assert torch.equal(network(IDS).logits, network(IDS).logits)
+
+
+def test_attention_dropout_is_off():
+    network = without_dropout(hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=50, attention_dropout=0.5, **SIZE))).train()
+    assert torch.equal(network(IDS).logits, network(IDS).logits)
+
+
+@torch.no_grad()
+def test_a_scratch_model_depends_on_the_seed(tmp_path):
+    model, words = Scratch(type="scratch", hidden=16, layers=1, heads=2, intermediate=32, positions=32), tokenizer()
+    first, same, other = (scratch_network(model, words, 2, seed) for seed in (0, 0, 1))
+    assert torch.equal(first(IDS).logits, same(IDS).logits)
+    assert not torch.equal(first(IDS).logits, other(IDS).logits)
+    assert (first.config.vocab_size, first.config.eos_token_id, first.config.pad_token_id) == (50, 2, 0)
+    state = torch.random.get_rng_state()
+    scratch_network(model, words, 2, 0)
+    assert torch.equal(state, torch.random.get_rng_state()), "the global generator is put back"
+
+
+# --- vocabularies -------------------------------------------------------------------------------------
+
+
+def test_the_same_vocabulary_passes():
+    same_vocabulary(tokenizer(), tokenizer(), "scorer", "other")
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        (tokenizer(48), r"48 tokens against 50"),
+        (tokenizer(50, last="word"), r"50 tokens against 50; first difference: '(w49|word)' as id 49"),
+    ],
+)
+def test_another_vocabulary_is_refused(other, told):
+    with pytest.raises(ValueError, match=rf"scorer big/model.*{told}.*choose a scorer of the policy's model family"):
+        same_vocabulary(tokenizer(), other, "scorer", "big/model")
+
+
+def test_a_scorer_of_another_size_has_one_model_for_all_its_roles(tmp_path):
+    base, big = save(tmp_path / "base"), save(tmp_path / "big")
+    shop = Workshop(Pretrained(name=str(base)), str(base), tokenizer(), Runtime("cpu"), 0)
+    other = Pretrained(name=str(big), lora=Lora(r=2))
+    roles = [shop.new_scorer(name, other) for name in ("scorer", "critic")]
+    assert roles[0].backbone is roles[1].backbone and roles[0].backbone.source == str(big)
+    changed = tokenizer(50, last="word")
+    changed.save_pretrained(big)
+    with pytest.raises(ValueError, match="another vocabulary"):
+        Workshop(shop.model, str(base), tokenizer(), shop.runtime, 0).new_scorer("scorer", other)
+
+
+# --- places -------------------------------------------------------------------------------------------
+
+
+def test_places():
+    assert locate(Pretrained(name="some/model")) == "some/model"
+    with pytest.raises(ValueError, match="sft stage first"):
+        locate(Scratch(type="scratch"))
+    with pytest.raises(ValueError, match="'no_such_package' is not installed.*make smollm"):
+        locate(Packaged(type="package", package="no_such_package"))
+    with pytest.raises(ValueError, match=r"model.file = 'x.gguf' is not in package 'rto', which has no GGUF file"):
+        dequantise("rto", "x.gguf")
+
+
+# --- the packaged model -------------------------------------------------------------------------------
+
+
+@pytest.mark.smollm
+@torch.no_grad()
+def test_the_packaged_model_is_an_ordinary_one():
+    """Dequantised on the first run, about 30 s; afterwards read from the cache."""
+    folder = Path(locate(Packaged(type="package")))
+    settings = json.loads((folder / "config.json").read_text())
+    assert not [key for key in settings if "quant" in key]
+    assert {path.suffix for path in folder.iterdir()} <= {".json", ".jinja", ".safetensors"}
+    words, network = load_tokenizer(str(folder)), open_(folder)
+    assert words.eos_token == "<|im_end|>" and network.config.eos_token_id == words.eos_token_id
+    asked = [{"role": "user", "content": "What is the capital of France?"}]
+    ids = words.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    out = network.generate(**ids, max_new_tokens=12, do_sample=False)
+    assert "Paris" in words.decode(out[0, ids["input_ids"].shape[1] :])
+    shop = Workshop(Packaged(type="package", lora=Lora(r=2)), str(folder), words, Runtime("cpu"), 0)
+    assert verify(Role(shop.reference().backbone), words.eos_token_id) < 1e-3
