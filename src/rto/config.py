@@ -138,21 +138,24 @@ class Training(Section):
     floor: float = Field(0.1, ge=0, le=1)  # share of lr at the end
     max_norm: float = Field(1.0, gt=0)
     micro_tokens: int = Field(16384, ge=1)  # padded tokens that one forward pass may hold
-    log_every: int = Field(1, ge=1)
 
 
-class Sft(Training):
+class Supervised(Training):
+    log_every: int = Field(1, ge=1)  # steps between rows of metrics
+
+
+class Sft(Supervised):
     lr: float = Field(1e-5, gt=0)
     batch: int = Field(32, ge=1)
 
 
-class Prefer(Training):
+class Prefer(Supervised):
     batch: int = Field(256, ge=1)
     loss: Spec = {"type": "dpo"}
     checkpoint: str | None = None  # a finished guide: it is used and nothing is trained
 
 
-class Reward(Training):
+class Reward(Supervised):
     lr: float = Field(1e-6, gt=0)
     loss: Spec = {"type": "bradley_terry"}
     model: Model | None = None  # a scorer of another size with the same tokenizer; default: the SFT model

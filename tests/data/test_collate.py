@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rto.data.chat import PairRow, PromptRow
+from rto.data.chat import PairRow
 from rto.data.collate import collate_completions, collate_pairs, collate_prompts, micro_batches, trim
 
 PROMPTS = [[5, 6, 7], [5, 6]]
@@ -27,7 +27,7 @@ def test_padding_with_the_end_token_does_not_leak_into_the_mask():
 
 
 def test_prompts():
-    batch = collate_prompts([PromptRow(1, "a", [5]), PromptRow(2, "b", [5, 6])], pad=9)
+    batch = collate_prompts([[5], [5, 6]], pad=9)
     assert batch.ids.tolist() == [[9, 5], [5, 6]] and batch.mask.tolist() == [[False, True], [True, True]]
 
 

@@ -157,7 +157,7 @@ def test_verify_refuses_a_recurrent_family():
     """To a recurrence, padding on the left is a beginning of its own."""
     settings = SIZE | {"num_hidden_layers": 3, "lru_width": 32}
     model = network(hf.RecurrentGemmaForCausalLM, hf.RecurrentGemmaConfig, **settings)
-    with pytest.raises(ValueError, match="recurrent.*differ from the model's own.*choose another"):
+    with pytest.raises(ValueError, match="recurrent.*sampling steps differ from the model's own.*choose another"):
         verify(Role(Backbone(model, "recurrent", None, torch.float32)), END)
 
 

@@ -40,7 +40,7 @@ batch = 8
 [baselines.ppo]
 method = "ppo"
 [evaluation]
-bootstrap = 200
+bootstrap = 100
 [evaluation.oracle]
 type = "world"
 """
@@ -68,7 +68,7 @@ batch = 8
 [baselines.ppo]
 method = "ppo"
 [evaluation]
-bootstrap = 200
+bootstrap = 100
 """
 
 

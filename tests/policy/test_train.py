@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from rto import rewards
 from rto.advantages import gae
 from rto.batch import Signals
-from rto.config import Policy, Training
+from rto.config import Policy, Supervised
 from rto.data.rows import make_rows, make_tokenizer
 from rto.models.checkpoint import ScorerNotes, save_role
 from rto.models.load import scratch_network
@@ -50,7 +50,7 @@ def world(tmp_path_factory):
         Progress(enabled=False),
         tmp_path_factory.mktemp("base"),
     )
-    lessons = Training(lr=2e-2, batch=16, epochs=10)
+    lessons = Supervised(lr=2e-2, batch=16, epochs=10)
     fit("sft", SftObjective(role, pad), rows.answers, lessons, seed=0, runtime=runtime, log=log, progress=quiet)
     folder = tmp_path_factory.mktemp("base")
     save_role(role, folder, tokenizer, pad)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from rto.config import Training
+from rto.config import Supervised
 from rto.data.rows import make_rows, make_tokenizer
 from rto.models.checkpoint import save_role
 from rto.models.load import scratch_network
@@ -62,7 +62,7 @@ def rows_of(world, kind: str) -> list[Any]:
 
 def train(world, goal, rows, folder, **settings) -> list[dict[str, Any]]:
     """The logged metrics of one training."""
-    training = Training.model_validate({"lr": 1e-3, "batch": 8, **settings})
+    training = Supervised.model_validate({"lr": 1e-3, "batch": 8, **settings})
     runtime = world.runtime
     fit("s", goal, rows, training, seed=0, runtime=runtime, log=RunLog(folder), progress=Progress(enabled=False))
     return read_metrics(folder)
@@ -121,7 +121,7 @@ def test_the_last_batch_is_a_mean_over_its_own_rows(world, kind, tmp_path):
     settings = {"lr": 1e-12, "epochs": 1}  # so small that the weights stay: every loss is that of the start
     logged = train(world, objective(world, kind), rows, tmp_path, **settings)
     assert [row["epoch"] for row in logged] == [0.8, 1.0]
-    goal, training = objective(world, kind), Training()
+    goal, training = objective(world, kind), Supervised()
     first, last = (row["loss"] for row in logged)
     mean = evaluate(goal, rows, training, world.runtime)["loss"]
     if kind == "sft":
@@ -184,7 +184,9 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(world, tmp_path):
     goal = objective(world, "bradley_terry")
     goal.function = lambda chosen, rejected, margin: (chosen - chosen).abs().sqrt()  # value 0, slope 0 * inf
     before = weights(goal)
-    with pytest.raises(FloatingPointError, match="the gradient norm is nan at optimiser step 1"):
+    with pytest.raises(
+        FloatingPointError, match="the gradient norm is nan at optimiser step 1, in a batch with data rows"
+    ):
         train(world, goal, world.rows.pairs[:8], tmp_path)
     assert_close(weights(goal), before, rtol=0, atol=0)
 
@@ -252,7 +254,7 @@ def test_the_stream_depends_on_the_seed_and_nothing_else(world, tmp_path):
     first = stream(world, tmp_path / "a", epochs=1)
     assert stream(world, tmp_path / "b", epochs=1, lr=1.0, schedule="constant") == first
     goal = Recorder()
-    training = Training(batch=4)
+    training = Supervised(batch=4)
     log = RunLog(tmp_path / "c")
     runtime = world.runtime
     fit("s", goal, range(10), training, seed=1, runtime=runtime, log=log, progress=Progress(enabled=False))

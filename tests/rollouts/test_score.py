@@ -48,20 +48,23 @@ def test_any_budget_gives_the_whole(role, completions, budget):
         torch.testing.assert_close(found, whole, atol=1e-5, rtol=0)
 
 
-def test_a_pass_holds_no_more_than_the_budget(completions):
-    """And rows come back to where they were."""
+def test_a_pass_holds_no_more_than_the_budget(role, completions):
+    """Prompts and responses are padded apart, but the model runs on rows as wide as the longest of both together."""
     sizes = []
+    hook = role.backbone.body.embed_tokens.register_forward_hook(lambda _, args, out: sizes.append(args[0].numel()))
+    token_logprobs(role, completions, 24)
+    hook.remove()
+    assert len(sizes) > 1 and max(sizes) <= 24
 
-    def read(part: Completions) -> torch.Tensor:
+
+def test_rows_come_back_to_where_they_were(completions):
+    def total(part: Completions) -> torch.Tensor:
         ids, mask = part.sequence()
-        sizes.append(ids.numel())
         assert mask.any(0).all(), "no column is padding only"
         return ids.where(mask, 0).sum(-1)
 
-    found = in_micro_batches(completions, read, 24, CPU)
     ids, mask = completions.sequence()
-    assert found.tolist() == ids.where(mask, 0).sum(-1).tolist()
-    assert len(sizes) > 1 and max(sizes) <= 24
+    assert in_micro_batches(completions, total, 24, CPU).tolist() == ids.where(mask, 0).sum(-1).tolist()
 
 
 def test_padding_is_zero(role, completions):

@@ -73,7 +73,9 @@ def read_adapter(role: Role, folder: Path) -> None:
     settings = json.loads((folder / "adapter_config.json").read_text())
     stored, own = load_file(folder / "adapter_model.safetensors"), _stored(role)
     if role.head is not None and _HEAD not in stored:
-        raise ValueError(f"{folder} holds a policy's adapter: a scorer needs one with a head, which `rto reward` trains")
+        raise ValueError(
+            f"{folder} holds a policy's adapter: a scorer needs one with a head, which `rto reward` trains"
+        )
     lora = role.backbone.lora
     assert lora is not None
     have, want = (settings["r"], settings["lora_alpha"]), (lora.r, lora.alpha)

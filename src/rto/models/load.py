@@ -99,7 +99,7 @@ def load_network(
     settings = AutoConfig.from_pretrained(name, **options)
     fresh = False
     if kind == "classifier":
-        fresh = not any("SequenceClassification" in a for a in settings.architectures or [])
+        fresh = not _classifies(settings)
         if not fresh and settings.num_labels != 1:
             raise ValueError(f"{name} is a classifier with {settings.num_labels} labels; a scorer has exactly one")
         settings.num_labels = 1
@@ -108,12 +108,25 @@ def load_network(
     with _without_load_report():
         network, found = factory.from_pretrained(name, use_safetensors=True, output_loading_info=True, **options)
     if lacking := sorted(set(found["missing_keys"]) - ({"score.weight"} if fresh else set())):
-        raise ValueError(f"{name} has no weights for {', '.join(lacking[:3])}: it is not a whole {type(network).__name__}")
+        raise ValueError(
+            f"{name} has no weights for {', '.join(lacking[:3])}: it is not a whole {type(network).__name__}"
+        )
     if kind == "classifier" and not isinstance(getattr(network, "score", None), nn.Linear):
         raise ValueError(f"{name}: {type(network).__name__} has no linear layer named score, so it cannot be a scorer")
     if fresh:
         initialise_head(network.score, seed)
     return without_dropout(network)
+
+
+def is_classifier(name: str) -> bool:
+    """Whether a folder or hub model is a sequence classifier already, and not a causal LM to make one of."""
+    from transformers import AutoConfig
+
+    return _classifies(AutoConfig.from_pretrained(name))
+
+
+def _classifies(settings: Any) -> bool:
+    return any("SequenceClassification" in a for a in settings.architectures or [])
 
 
 @contextlib.contextmanager

@@ -145,19 +145,20 @@ class Backbone:
         return torch.autocast(self.device.type, self.compute)
 
     def states(
-        self, ids: Int[Tensor, "B N"], mask: Bool[Tensor, "B S"], cache: Cache | None = None
+        self, ids: Int[Tensor, "B N"], mask: Bool[Tensor, "B S"] | None = None, cache: Cache | None = None
     ) -> Float[Tensor, "B N H"]:
         """Last hidden states of ``ids``, which are the last N of the S positions that ``mask`` tells of.
 
-        ``cache`` holds the earlier ones and takes these in. Positions count real tokens, so that padding on the
-        left changes nothing.
+        Without a mask, padding may stand on the right only: no causal model lets it act on what is before it.
+        ``cache`` holds the earlier positions and takes these in.
         """
-        given: dict[str, Any] = {"past_key_values": cache} if cache is not None else {}
-        if self._takes_positions:
-            given["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        given: dict[str, Any] = {"past_key_values": cache, "use_cache": True} if cache is not None else {}
+        if mask is not None:
+            given["attention_mask"] = mask.long()
+            if self._takes_positions:  # they count real tokens, so that padding on the left changes nothing
+                given["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         with self.autocast():
-            out = self.body(input_ids=ids, attention_mask=mask.long(), use_cache=cache is not None, **given)
-        return out.last_hidden_state
+            return self.body(input_ids=ids, **{"use_cache": False, **given}).last_hidden_state
 
     def project(self, states: Float[Tensor, "N H"]) -> Float[Tensor, "N V"]:
         """States to logits, with the scalings that some families apply after the output layer."""
@@ -192,14 +193,23 @@ class Role:
         return own + (list(self.head.parameters()) if self.head is not None else [])
 
     def activate(self) -> Backbone:
-        """The backbone as this role sees it, until another role is activated."""
+        """The backbone as this role sees it, until another role's turn."""
         self.backbone.activate(self.adapter)
         if self.backbone.checkpointing:  # transformers checkpoints in training mode only
             self.backbone.network.train(torch.is_grad_enabled())
         return self.backbone
 
     def hidden(self, completions: Completions) -> Float[Tensor, "B S H"]:
-        return self.activate().states(*completions.sequence())
+        """Last hidden states; on padding, those of a neighbour.
+
+        The model runs on rows whose padding has been moved to the right: they are as wide as the longest row, not
+        as the longest prompt and the longest response together, and need no attention mask.
+        """
+        ids, mask = completions.sequence()
+        packed = ids.gather(1, (~mask).long().argsort(dim=-1, stable=True))[:, : int(mask.sum(-1).max())]
+        states = self.activate().states(packed)
+        places = (mask.cumsum(-1) - 1).clamp(min=0)
+        return states.gather(1, places[..., None].expand(-1, -1, states.shape[-1]))
 
     def logprobs(
         self, completions: Completions, temperature: float = 1.0

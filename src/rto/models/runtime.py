@@ -25,7 +25,8 @@ class Runtime:
         if device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device = 'cuda', but this machine has no usable GPU: use device = 'auto' or 'cpu'")
         self._trackers = list(trackers)
-        self.accelerator = Accelerator(cpu=device == "cpu", log_with=self._trackers or None, project_dir=folder)
+        cpu = device == "cpu" or not torch.cuda.is_available()
+        self.accelerator = Accelerator(cpu=cpu, log_with=self._trackers or None, project_dir=folder)
         self.device = self.accelerator.device
         self.rank = self.accelerator.process_index
         self.world = self.accelerator.num_processes

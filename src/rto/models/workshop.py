@@ -11,7 +11,7 @@ from torch import nn
 from rto import config as recipe
 from rto.batch import Completions, Prompts
 from rto.models import checkpoint
-from rto.models.load import initialise_head, load_network, load_tokenizer, locate, same_vocabulary
+from rto.models.load import initialise_head, is_classifier, load_network, load_tokenizer, locate, same_vocabulary
 from rto.models.role import Backbone, Role
 from rto.models.runtime import Runtime
 from rto.seeds import global_torch
@@ -80,6 +80,8 @@ class Workshop:
             role = self._adapter(name, head=True)
             checkpoint.read_adapter(role, Path(folder))
             return role
+        if not is_classifier(folder):
+            raise ValueError(f"{folder} is no one-label sequence classifier: train a scorer on it with `rto reward`")
         role = self._classifier(folder, trained)
         return role if trained else self._freeze(role)
 
@@ -138,9 +140,9 @@ class Workshop:
 def verify(role: Role, end: int) -> float:
     """Compare our token log-probs with the model's own logits; the largest difference (nats).
 
-    Ours come from padded rows, once in one pass and once token by token with a cache, as in sampling. The
-    model's own come from each row alone, without padding. So this also finds families to which padding on the
-    left is not nothing, and those that keep no ordinary cache.
+    Ours come from a batch, once as in training and once as in sampling: padded on the left and token by token with
+    a cache. The model's own come from each row alone. So this also finds families to which padding is not nothing,
+    and those that keep no ordinary cache.
 
     Raises:
         ValueError: they differ, or the model does not know ``end``: nothing may be trained on this model.
@@ -170,7 +172,7 @@ def verify(role: Role, end: int) -> float:
             logits = backbone.network(input_ids=ids[row : row + 1, start:]).logits[0, -4:-1]
         theirs.append(logits.float().log_softmax(-1).gather(-1, ids[row, 3:, None]).squeeze(-1))
     gaps = [(ours - torch.stack(theirs)).abs().max().item() for ours in (at_once, by_step)]
-    for gap, what in zip(gaps, ("hidden states of padded rows", "steps with a cache"), strict=True):
+    for gap, what in zip(gaps, ("hidden states", "sampling steps"), strict=True):
         if not gap < (1e-2 if backbone.compute == torch.float32 else 0.2):
             raise ValueError(
                 f"{backbone.source} ({type(backbone.network).__name__}): log-probs from {what} differ from the model's "

@@ -95,6 +95,7 @@ def rl(job: Job, name: str, policy: Policy, terms: list[Spec]) -> str:
         critic = shop.new_scorer("critic", None)
     guide, scorer, notes = readers(job, shop, terms)
     roles = rl_loop.Roles(shop.new_policy("policy"), shop.reference(), critic, guide, scorer, notes)
+    verify(roles.reference, rows.encoder.end)
     rl_loop.train(
         f"rl/{name}",
         roles,

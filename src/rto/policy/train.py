@@ -308,18 +308,15 @@ def _reward_metrics(
         "finished": signals.finished.float().mean().item(),
     }
     mass = sum(part.abs().sum().item() for part in parts.values())
-    acting: list[Spec] = [*rewards.live(terms), {}]  # in the order of the parts; the KL penalty is no term
-    for (name, part), term in zip(parts.items(), acting, strict=True):
+    named = rewards.named(terms)
+    for name, part in parts.items():
         sums = masked_sum(part, mask)
         metrics[f"reward/{name}"] = sums.mean().item()
         metrics[f"reward_share/{name}"] = part.abs().sum().item() / mass if mass else 0.0
         metrics[f"reward_length_correlation/{name}"] = _correlation(sums, lengths)
-        if term.get("clip") is not None:
-            options = {key: value for key, value in term.items() if key != "type"} | {"clip": None}
-            free = rewards.TERMS[term["type"]].function(signals, **options)
-            metrics[f"reward_clip_share/{name}"] = ((free != part) & mask).sum().item() / int(
-                (free != 0).sum().clamp(min=1)
-            )
+        if named.get(name, {}).get("clip") is not None:
+            free = rewards.evaluate(named[name], signals, clip=None)
+            metrics[f"reward_clip_share/{name}"] = (free != part).sum().item() / max(1, int((free != 0).sum()))
     return metrics
 
 

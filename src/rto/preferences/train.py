@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rto.batch import Completions, Pairs
-from rto.config import Training
+from rto.config import Supervised
 from rto.data.chat import AnswerRow, PairRow
 from rto.data.collate import collate_completions, collate_pairs, micro_batches
 from rto.models.role import Role
@@ -168,7 +168,7 @@ def fit(
     stage: str,
     objective: Objective[Row],
     rows: Sequence[Row],
-    training: Training,
+    training: Supervised,
     *,
     seed: int,
     runtime: Runtime,
@@ -179,6 +179,9 @@ def fit(
     """Train ``objective.role`` on ``rows``; metrics go to ``log``.
 
     The rows of every epoch are shuffled by (seed, stage, epoch). The last batch may be smaller.
+
+    Raises:
+        FloatingPointError: a loss or a gradient is not finite; the step is not taken, and the data rows are named.
     """
     wanted = max(1, round(training.epochs * len(rows)))
     if training.max_steps:
@@ -192,7 +195,10 @@ def fit(
         begun = time.perf_counter()
         batch = [rows[i] for i in order[state.rows_seen : state.rows_seen + training.batch]]
         loss, sums = gradients(objective, batch, training.micro_tokens, runtime)
-        norm, rate = state.optimizer.step()
+        try:
+            norm, rate = state.optimizer.step()
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error}, in a batch with data rows {[_row(r) for r in batch]}") from error
         state.step += 1
         state.rows_seen += len(batch)
         tokens = sum(map(objective.size, batch))
@@ -216,7 +222,9 @@ def gradients(objective: Objective[Row], batch: list[Row], budget: int, runtime:
 
 
 @torch.no_grad()
-def evaluate(objective: Objective[Row], rows: Sequence[Row], training: Training, runtime: Runtime) -> dict[str, float]:
+def evaluate(
+    objective: Objective[Row], rows: Sequence[Row], training: Supervised, runtime: Runtime
+) -> dict[str, float]:
     """Loss and mean metrics on rows that are not trained on."""
     sums = _accumulate(objective, list(rows), training.micro_tokens, runtime, lambda loss: None)
     return {key: value if key == "loss" else value / len(rows) for key, value in sums.items()}

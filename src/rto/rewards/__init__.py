@@ -44,6 +44,21 @@ def live(terms: list[Spec]) -> list[Spec]:
     return [term for term in terms if term.get("scale", 1.0) != 0]
 
 
+def named(terms: list[Spec]) -> dict[str, Spec]:
+    """The live terms by name: their type, and for a second one of a type its number too."""
+    names: dict[str, Spec] = {}
+    for term in live(terms):
+        kind = term["type"]
+        names[kind if kind not in names else f"{kind}_{len(names)}"] = term
+    return names
+
+
+def evaluate(term: Spec, signals: Signals, **changed: Any) -> Float[Tensor, "B T"]:
+    """One term's reward, with some of its options changed."""
+    options = {key: value for key, value in term.items() if key != "type"} | changed
+    return TERMS[term["type"]].function(signals, **options)
+
+
 def needs(terms: list[Spec]) -> set[str]:
     """The fields of :class:`~rto.batch.Signals` that these terms read."""
     return {need for term in live(terms) for need in TERMS[term["type"]].needs}
@@ -53,13 +68,21 @@ def total(
     terms: list[Spec], signals: Signals, kl_coef: float
 ) -> tuple[Float[Tensor, "B T"], dict[str, Float[Tensor, "B T"]]]:
     """The reward of every token, and each term's part of it by name (``kl`` is the penalty)."""
-    parts: dict[str, Any] = {}
-    for term in live(terms):
-        options = {key: value for key, value in term.items() if key != "type"}
-        name = term["type"] if term["type"] not in parts else f"{term['type']}_{len(parts)}"
-        parts[name] = TERMS[term["type"]].function(signals, **options)
+    parts: dict[str, Any] = {name: evaluate(term, signals) for name, term in named(terms).items()}
     parts["kl"] = kl_penalty(signals.logprobs, signals.reference, signals.mask, kl_coef)
     return sum(parts.values()), parts
 
 
-__all__ = ["METHODS", "TERMS", "Term", "implicit", "kl_penalty", "live", "needs", "terminal", "total"]
+__all__ = [
+    "METHODS",
+    "TERMS",
+    "Term",
+    "evaluate",
+    "implicit",
+    "kl_penalty",
+    "live",
+    "named",
+    "needs",
+    "terminal",
+    "total",
+]
