@@ -249,10 +249,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(lora, head):
     def gradients(checkpointing: bool) -> list[Tensor]:
         cls = hf.LlamaForSequenceClassification if head and not lora else hf.LlamaForCausalLM
         shared = backbone(lora, checkpointing, cls)
-        if lora:
-            role = adapter(shared, "policy", 1, head)
-        else:
-            role = Role(shared, head=shared.network.score if head else None)
+        whole = Role(shared, head=shared.network.score if head and not lora else None)
+        role = adapter(shared, "policy", 1, head) if lora else whole
         for p in role.parameters():
             p.requires_grad_(True)
         loss = role.values(batch()) if head else role.logprobs(batch())[0]

@@ -107,6 +107,8 @@ def _split_pair(record: Record, layout: str | None) -> tuple[Prompt, str, str]:
     if layout is None:
         hh = isinstance(chosen, str) and chosen.lstrip().startswith("Human:")
         layout = "sharegpt" if _has(record, "conversations") else "hh" if hh else "trl"
+    prompt: Prompt
+    other: Prompt
     if layout == "hh":
         prompt, good = _whole(_dialogue(chosen, "chosen"), "chosen")
         other, bad = _whole(_dialogue(rejected, "rejected"), "rejected")

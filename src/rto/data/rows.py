@@ -43,18 +43,26 @@ class Rows:
 
 
 def make_tokenizer(config: recipe.Config, name: str | None) -> PreTrainedTokenizerBase:
-    """The policy's tokenizer, with its chat template: the world's own, or that of the model ``name``."""
-    if isinstance(config.data, recipe.World):
-        return world_tokenizer()
+    """The policy's tokenizer, with its chat template: the world's own, or that of the model ``name`` (None: scratch).
+
+    Raises:
+        ValueError: there is no such model, or it does not go with the data.
+    """
+    if name is None:
+        if isinstance(config.data, recipe.World):
+            return world_tokenizer()
+        raise ValueError("model.type = 'scratch' knows the tiny world's words only: name a model with model.name")
     from transformers import AutoTokenizer
 
-    assert name is not None, "a model from scratch goes with the tiny world"
     trust = isinstance(config.model, recipe.Pretrained) and config.model.trust_remote_code
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
     except OSError as error:
         raise ValueError(f"model.name = {name!r}: no such folder, and no hub model that can be reached") from error
-    load_template(tokenizer, config.data)
+    if isinstance(config.data, recipe.Files):
+        load_template(tokenizer, config.data)
+    elif tokenizer.get_vocab() != world_tokenizer().get_vocab():
+        raise ValueError(f"model.name = {name!r} does not know the tiny world's words: use model.type = 'scratch'")
     return tokenizer
 
 

@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -49,7 +49,7 @@ def save_role(role: Role, folder: Path, tokenizer: PreTrainedTokenizerBase, pad:
         role.backbone.network.config.pad_token_id = pad
         role.backbone.network.save_pretrained(folder)
     else:
-        task = {"task_type": "CAUSAL_LM"}
+        task: dict[str, Any] = {"task_type": "CAUSAL_LM"}
         if role.head is not None:
             task = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
         weights = {key: p.detach().cpu().contiguous() for key, p in _stored(role).items()}
@@ -94,11 +94,15 @@ def read_adapter(role: Role, folder: Path) -> None:
             parameter.copy_(stored[key])
 
 
-def _stored(role: Role) -> dict[str, nn.Parameter]:
+def _stored(role: Role) -> dict[str, torch.Tensor]:
     """What an adapter folder holds, under PEFT's names."""
     assert role.adapter is not None
-    weights = {_PREFIX + key: p for key, p in role.backbone.adapter_parameters(role.adapter).items()}
-    return weights | ({_HEAD: role.head.weight} if role.head is not None else {})
+    weights: dict[str, nn.Parameter] = {
+        _PREFIX + key: p for key, p in role.backbone.adapter_parameters(role.adapter).items()
+    }
+    if role.head is not None:
+        weights[_HEAD] = role.head.weight
+    return weights
 
 
 def _shape(weights: Mapping[str, torch.Tensor], key: str) -> list[int] | str:

@@ -56,8 +56,7 @@ def dequantise(package: str, file: str) -> Path:
         for mark in ("quantization_config", "_pre_quantization_dtype"):  # it is no longer quantised
             if hasattr(network.config, mark):
                 delattr(network.config, mark)
-        network.hf_quantizer = None
-        network.is_quantized = False
+        network.__dict__ |= {"hf_quantizer": None, "is_quantized": False}
         network.save_pretrained(partial)
         AutoTokenizer.from_pretrained(source.parent, gguf_file=file).save_pretrained(partial)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -106,7 +105,8 @@ def load_network(
     factory = AutoModelForCausalLM if kind == "causal" else AutoModelForSequenceClassification
     options |= {"config": settings, "dtype": dtype, "attn_implementation": attention}
     with _without_load_report():
-        network, found = factory.from_pretrained(name, use_safetensors=True, output_loading_info=True, **options)
+        loaded: Any = factory.from_pretrained(name, use_safetensors=True, output_loading_info=True, **options)
+    network, found = loaded
     if lacking := sorted(set(found["missing_keys"]) - ({"score.weight"} if fresh else set())):
         raise ValueError(
             f"{name} has no weights for {', '.join(lacking[:3])}: it is not a whole {type(network).__name__}"
@@ -166,7 +166,7 @@ def scratch_network(model: recipe.Scratch, tokenizer: PreTrainedTokenizerBase, e
         bos_token_id=None,
         eos_token_id=end,
         pad_token_id=tokenizer.pad_token_id,
-        attn_implementation=model.attention,
+        attn_implementation=model.attention,  # type: ignore[call-arg]
     )
     with global_torch(seed, "scratch"):
         return without_dropout(LlamaForCausalLM(settings))

@@ -16,7 +16,7 @@ from rto.config import Config
 from rto.data.rows import Rows, make_rows, make_tokenizer
 from rto.data.sources import write_rejected
 from rto.models.checkpoint import save_role
-from rto.models.load import load_tokenizer, locate, same_vocabulary
+from rto.models.load import locate
 from rto.models.role import Role
 from rto.models.runtime import Runtime, peak_memory_mb
 from rto.models.workshop import Workshop
@@ -120,15 +120,8 @@ class Job:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        model, world = self.config.model, isinstance(self.config.data, recipe.World)
-        if isinstance(model, recipe.Scratch):
-            if not world:
-                raise ValueError("model.type = 'scratch' knows the tiny world's words only: name a model")
-            return make_tokenizer(self.config, None)
-        tokenizer = make_tokenizer(self.config, locate(model))
-        if world:
-            same_vocabulary(tokenizer, load_tokenizer(locate(model)), "model", locate(model))
-        return tokenizer
+        model = self.config.model
+        return make_tokenizer(self.config, None if isinstance(model, recipe.Scratch) else locate(model))
 
     @cached_property
     def rows(self) -> Rows:

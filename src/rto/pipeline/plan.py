@@ -55,18 +55,19 @@ def _data(rows: Rows) -> list[str]:
 
 
 def _stages(config: Config, rows: Rows, stages: Sequence[str]) -> list[str]:
+    def supervised(name: str, training: Training, count: int, checkpoint: str | None = None) -> str:
+        wanted = round(training.epochs * count)
+        steps = math.ceil(min(wanted, (training.max_steps or math.inf) * training.batch) / training.batch)
+        planned = f"{max(1, steps):,} steps of {training.batch} rows, lr {training.lr:g}"
+        return f"  {name}: " + (f"uses {checkpoint}" if checkpoint else planned)
+
     lines = []
-    supervised: dict[str, tuple[Training, int, str | None]] = {
-        "sft": (config.sft, len(rows.answers), None),
-        "prefer": (config.prefer, len(rows.pairs), config.prefer.checkpoint),
-        "reward": (config.reward, len(rows.pairs), config.reward.checkpoint),
-    }
-    for name, (training, count, checkpoint) in supervised.items():
-        if name in stages:
-            wanted = round(training.epochs * count)
-            steps = math.ceil(min(wanted, (training.max_steps or math.inf) * training.batch) / training.batch)
-            planned = f"{max(1, steps):,} steps of {training.batch} rows, lr {training.lr:g}"
-            lines.append(f"  {name}: " + (f"uses {checkpoint}" if checkpoint else planned))
+    if "sft" in stages:
+        lines.append(supervised("sft", config.sft, len(rows.answers)))
+    if "prefer" in stages:
+        lines.append(supervised("prefer", config.prefer, len(rows.pairs), config.prefer.checkpoint))
+    if "reward" in stages:
+        lines.append(supervised("reward", config.reward, len(rows.pairs), config.reward.checkpoint))
     if "rl" in stages:
         for name, policy in config.policies().items():
             terms = terms_of(policy)
@@ -81,6 +82,11 @@ def _stages(config: Config, rows: Rows, stages: Sequence[str]) -> list[str]:
                 f"{policy.rollouts // policy.batch} updates each, lr {policy.lr:g}; "
                 f"reward {listed} - {policy.kl.coef:g} (log pi - log pi_ref)"
             )
+    if "evaluate" in stages:
+        if isinstance(config.evaluation.oracle, recipe.HeldoutOracle):
+            lines.append(supervised("oracle", config.reward, len(rows.oracle_pairs)))
+        prompts = min(config.evaluation.prompts, len(rows.test_prompts))
+        lines.append(f"  evaluate: {config.evaluation.samples} answers of every policy to each of {prompts:,} prompts")
     return lines
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 from rto import rewards
 from rto.advantages import ADVANTAGES
-from rto.config import Config, Policy, Spec
+from rto.config import Config, Policy, Section, Spec
 from rto.policy import LOSSES
 from rto.preferences import PREFERENCE_LOSSES, REWARD_LOSSES
 from rto.recipe import complete, nearest
@@ -16,17 +19,17 @@ def resolve(config: Config) -> Config:
     Raises:
         ValueError: naming the key, the nearest valid one and what is known.
     """
-    for name, policy in config.policies().items():
+    for name, policy in reversed(config.policies().items()):  # baselines last: they inherit the mistakes of [policy]
         where = "policy" if name == config.policy.method else f"baselines.{name}"
         terms_of(policy, where)
         _completed(policy, where)
     return config.model_copy(
         update={
             "prefer": config.prefer.model_copy(
-                update={"loss": complete(config.prefer.loss, PREFERENCE_LOSSES, "prefer.loss")}
+                update={"loss": _complete(config.prefer, "loss", PREFERENCE_LOSSES, "prefer")}
             ),
             "reward": config.reward.model_copy(
-                update={"loss": complete(config.reward.loss, REWARD_LOSSES, "reward.loss")}
+                update={"loss": _complete(config.reward, "loss", REWARD_LOSSES, "reward")}
             ),
             "policy": _completed(config.policy),
         }
@@ -35,10 +38,16 @@ def resolve(config: Config) -> Config:
 
 def _completed(policy: Policy, where: str = "policy") -> Policy:
     changes = {
-        "loss": complete(policy.loss, LOSSES, f"{where}.loss"),
-        "advantage": complete(policy.advantage, ADVANTAGES, f"{where}.advantage"),
+        "loss": _complete(policy, "loss", LOSSES, where),
+        "advantage": _complete(policy, "advantage", ADVANTAGES, where),
     }
     return policy.model_copy(update=changes)
+
+
+def _complete(section: Section, key: str, table: Mapping[str, Callable[..., Any]], where: str) -> Spec:
+    """``--prefer.loss.beta 0.2`` alone changes an option of the default loss, so the type may be left out."""
+    usual = type(section).model_fields[key].default["type"]
+    return complete({"type": usual, **getattr(section, key)}, table, f"{where}.{key}")
 
 
 def terms_of(policy: Policy, where: str = "policy") -> list[Spec]:
