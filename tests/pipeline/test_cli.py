@@ -300,9 +300,8 @@ def test_skipped_rows_are_counted_and_listed(files_recipe, tiny_model, mixed, he
 
 def test_a_file_without_a_good_row_is_refused(files_recipe, tiny_model, mixed):
     mixed.write_text("\n".join(list(BAD.values())[2:-1]) + "\n")
-    lines = refusal(
-        "run", *call(files_recipe, tiny_model, mixed, "--data.on_bad_row", "skip"), "--dry-run"
-    ).splitlines()
+    skip = call(files_recipe, tiny_model, mixed, "--data.on_bad_row", "skip", "--dry-run")
+    lines = refusal("run", *skip).splitlines()
     assert lines[0] == f"data.pairs = '{mixed}': 7 bad rows among the 7 read"
     assert lines[-1] == "No row is good: mend the file, or name its layout with --data.layout"
     mixed.write_text(BAD["over_long"] + "\n")

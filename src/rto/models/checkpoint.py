@@ -97,7 +97,7 @@ def read_adapter(role: Role, folder: Path) -> None:
 def _stored(role: Role) -> dict[str, torch.Tensor]:
     """What an adapter folder holds, under PEFT's names."""
     assert role.adapter is not None
-    weights: dict[str, nn.Parameter] = {
+    weights: dict[str, torch.Tensor] = {
         _PREFIX + key: p for key, p in role.backbone.adapter_parameters(role.adapter).items()
     }
     if role.head is not None:

@@ -32,8 +32,7 @@ def sft(job: Job) -> str:
     verify(role, rows.encoder.end)
     _fit(job, "sft", SftObjective(role, rows.encoder.pad), rows.answers, config.sft)
     if role.adapter is not None:
-        merged(role)
-        role = Role(role.backbone)
+        role = merged(role)
     job.save(role, "sft", rows.encoder.pad)
     return "sft"
 

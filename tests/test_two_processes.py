@@ -1,0 +1,101 @@
+"""One process and two train the same models: the same global batches, the same losses, the same weights."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from rto.report.log import read_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPE = """
+device = "cpu"
+stages = ["sft", "prefer", "reward", "rl", "evaluate"]
+[data]
+type = "world"
+sft = 45
+pairs = 45
+prompts = 45
+test = 9
+max_response = 12
+[model]
+type = "scratch"
+hidden = 16
+layers = 1
+heads = 2
+intermediate = 16
+[sft]
+lr = 1e-2
+batch = 9
+[prefer]
+lr = 1e-3
+batch = 9
+[reward]
+lr = 1e-3
+batch = 9
+[policy]
+lr = 1e-3
+rollouts = 9
+batch = 9
+eps = 1e-4
+[evaluation]
+bootstrap = 100
+[evaluation.oracle]
+type = "world"
+"""
+# An odd batch: the two shares differ. Adam's eps in [policy] keeps rounding from becoming whole steps.
+STEPS = 5
+
+
+def free_port() -> int:
+    """A port on loopback, where gloo meets."""
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", 0))
+        except OSError as error:
+            pytest.skip(f"nothing can be bound on 127.0.0.1, so gloo cannot meet: {error}")
+        return probe.getsockname()[1]
+
+
+def run(recipe: Path, output: Path, *launcher: str) -> subprocess.CompletedProcess[str]:
+    call = [sys.executable, *launcher, "-m", "rto.cli", "run", str(recipe), "--output", str(output), "--quiet"]
+    settings = {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    return subprocess.run(call, env=os.environ | settings, capture_output=True, text=True, check=False, timeout=300)
+
+
+def test_two_processes_equal_one(tmp_path):
+    if not torch.distributed.is_gloo_available():
+        pytest.skip("this torch has no gloo")
+    recipe = tmp_path / "tiny.toml"
+    recipe.write_text(RECIPE)
+    # Not `accelerate launch --cpu --num_processes 2`: without mpirun it starts one process.
+    port = f"--master_port={free_port()}"
+    two = run(
+        recipe, tmp_path / "two", "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1", port
+    )
+    assert two.returncode == 0, two.stderr
+    one = run(recipe, tmp_path / "one")
+    assert one.returncode == 0, one.stderr
+
+    assert two.stdout.replace(str(tmp_path / "two"), "") == one.stdout.replace(str(tmp_path / "one"), "")  # said once
+    gaps = {}
+    for stage in ("sft", "prefer", "reward", "rl/rto"):
+        alone, together = (read_metrics(tmp_path / name, stage) for name in ("one", "two"))
+        assert [row["step"] for row in together] == list(range(1, STEPS + 1))  # written by one process only
+        for a, b in zip(alone, together, strict=True):
+            assert set(a) == set(b)
+            for key in set(a) - {"stage", "tokens_per_second"}:
+                assert b[key] == pytest.approx(a[key], abs=1e-4), (stage, a["step"], key)
+                gaps[stage] = max(gaps.get(stage, 0.0), abs(a[key] - b[key]))
+        weights = [load_file(tmp_path / name / stage / "model.safetensors") for name in ("one", "two")]
+        for key, weight in weights[0].items():
+            assert_close(weights[1][key], weight, atol=1e-4, rtol=0)
+    print("largest difference of any metric:", gaps)
