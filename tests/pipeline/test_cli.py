@@ -203,6 +203,8 @@ def test_help_is_no_mistake(words, capsys):
         (["--policy.method=custom", "--policy.rewards", "[{type='implict'}]"], "policy.rewards[0].type = 'implict' is"),
         (["--device", "gpu"], "device: Input should be 'auto', 'cpu' or 'cuda' (given: 'gpu')"),
         (["--evaluation.oracle.type", "heldout"], "evaluation.oracle.type = 'world' goes with data.type = 'world'"),
+        (["--prefer.checkpoint", "./nowhere"], "prefer.checkpoint = './nowhere': no such folder (looked for /"),
+        (["--reward.checkpoint", "runs/a/reward"], "reward.checkpoint = 'runs/a/reward': no such folder"),
         (["--model", "{type='pretrained', name='./nowhere'}"], "model.name = './nowhere': no such folder"),
     ],
 )

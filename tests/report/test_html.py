@@ -98,7 +98,7 @@ def test_hostile_text_is_escaped_everywhere(tmp_path):
     write(
         tmp_path,
         config={"model": {"name": HOSTILE}, "policy": {"method": HOSTILE}, "data": {"pairs": HOSTILE}, "seed": 0},
-        stages={HOSTILE: {"seconds": 1.0, "tokens": 1, "peak_memory_mb": None, "path": HOSTILE}},
+        stages={HOSTILE: {"seconds": 1.0, "peak_memory_mb": None, "path": HOSTILE}},
         evaluation=evaluation([HOSTILE, "ppo"], HOSTILE),
         credit={"methods": {HOSTILE: {"auc": 0.5}}, "answers": [answer]},
     )
@@ -135,10 +135,10 @@ def test_stage_times_and_curves(tmp_path):
         )
         log.metrics("rl/ppo", step, {"reward/total": step, "kl": math.nan, "length": 3.0})
         log.metrics("rl/rto", step, {"reward/total": step, "reward/implicit": 0.5, "oracle": 1.0})
-    write(tmp_path, stages={"sft": {"seconds": 75.0, "tokens": 1500}})
+    write(tmp_path, stages={"sft": {"seconds": 75.0, "path": "sft"}})
     page = page_of(tmp_path)
     text = " ".join(page.text.split())
-    assert "sft 1 min 15 s 1,500 20 – –" in text
+    assert "sft 1 min 15 s – sft" in text
     assert "reward/implicit – 0.500" in text and "kl – –" in text
     assert sum(tag == "svg" for tag, _ in page.tags) == 2
 

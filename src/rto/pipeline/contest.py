@@ -51,6 +51,7 @@ def evaluate(job: Job) -> str:
             views += contest.credit_views(name, prompts, few, signals, terms[name], coef, rows.encoder, truth)
         job.progress.update(number, {"score": sum(scores[name]) / len(scores[name])})
 
+    views.sort(key=lambda view: view["policy"] != config.policy.method)  # the run's own method first
     found = contest.compare_policies(answers, scores, kls, prompts, settings, config.seed)
     table = None
     if truth is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from rto import rewards
@@ -14,11 +15,17 @@ from rto.recipe import complete, nearest
 
 
 def resolve(config: Config) -> Config:
-    """Check every loss, term and estimator of the recipe against its table and fill in its defaults.
+    """Check every loss, term, estimator and local checkpoint of the recipe and fill in the defaults of its options.
 
     Raises:
         ValueError: naming the key, the nearest valid one and what is known.
     """
+    given = {"prefer.checkpoint": config.prefer.checkpoint, "reward.checkpoint": config.reward.checkpoint}
+    for key, folder in given.items():
+        # One slash alone is a hub name (owner/name); anything else is meant as a path.
+        local = folder is not None and (folder.startswith(("/", ".", "~")) or folder.count("/") > 1)
+        if folder is not None and local and not Path(folder).is_dir():
+            raise ValueError(f"{key} = {folder!r}: no such folder (looked for {Path(folder).absolute()})")
     for name, policy in reversed(config.policies().items()):  # baselines last: they inherit the mistakes of [policy]
         where = "policy" if name == config.policy.method else f"baselines.{name}"
         terms_of(policy, where)
