@@ -25,10 +25,10 @@ device = "cpu"
 stages = ["sft", "prefer", "reward", "rl", "evaluate"]
 [data]
 type = "world"
-sft = 45
-pairs = 45
-prompts = 45
-test = 9
+sft = 35
+pairs = 35
+prompts = 35
+test = 7
 max_response = 12
 [model]
 type = "scratch"
@@ -38,17 +38,17 @@ heads = 2
 intermediate = 16
 [sft]
 lr = 1e-2
-batch = 9
+batch = 7
 [prefer]
 lr = 1e-3
-batch = 9
+batch = 7
 [reward]
 lr = 1e-3
-batch = 9
+batch = 7
 [policy]
 lr = 1e-3
-rollouts = 9
-batch = 9
+rollouts = 7
+batch = 7
 eps = 1e-4
 [evaluation]
 bootstrap = 100

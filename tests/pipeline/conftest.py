@@ -14,10 +14,10 @@ WORLD = """
 device = "cpu"
 [data]
 type = "world"
-sft = 96
-pairs = 64
-prompts = 32
-test = 12
+sft = 48
+pairs = 32
+prompts = 16
+test = 8
 max_response = 12
 [model]
 type = "scratch"
@@ -27,16 +27,17 @@ heads = 2
 intermediate = 16
 [sft]
 lr = 1e-2
+batch = 16
 [prefer]
 lr = 1e-3
-batch = 32
+batch = 16
 [reward]
 lr = 1e-3
-batch = 32
+batch = 16
 [policy]
 lr = 1e-3
-rollouts = 16
-batch = 8
+rollouts = 8
+batch = 4
 [baselines.ppo]
 method = "ppo"
 [evaluation]

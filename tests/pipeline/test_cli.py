@@ -72,7 +72,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(world_recipe, here):
     assert resolved["policy"]["kl"]["coef"] == 0.02
     assert resolved["policy"]["loss"] == {"type": "ppo", "clip": 0.2}  # spelled out
     assert resolved["prefer"]["loss"] == {"type": "dpo", "beta": 0.1, "label_smoothing": 0.0}
-    assert sections["data"][:3] == ["demonstrations: 96", "training pairs: 64", "RL prompts: 32"]
+    assert sections["data"][:3] == ["demonstrations: 48", "training pairs: 32", "RL prompts: 16"]
     assert [line.partition(":")[0] for line in sections["stages"]] == [
         "sft",
         "prefer",
@@ -81,15 +81,15 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(world_recipe, here):
         "rl/rto",
         "evaluate",
     ]
-    assert sections["stages"][0] == "sft: 3 steps of 32 rows, lr 0.01"
-    assert "2 iterations of 16 rollouts, 1 x 2 updates each" in sections["stages"][4]
+    assert sections["stages"][0] == "sft: 3 steps of 16 rows, lr 0.01"
+    assert "2 iterations of 8 rollouts, 1 x 2 updates each" in sections["stages"][4]
     assert "implicit(scale 0.05, clip 0.05) + terminal(scale 1, clip 10) - 0.02 (log pi" in sections["stages"][4]
     assert "GiB of weights, gradients and optimiser state" in sections["weights"][-1]
 
 
 def test_a_dry_run_of_one_verb_shows_its_stage(world_recipe, here):
     _, sections = parts_of(rto("reward", world_recipe, "--dry-run").out)
-    assert sections["stages"] == ["reward: 2 steps of 32 rows, lr 0.001"]
+    assert sections["stages"] == ["reward: 2 steps of 16 rows, lr 0.001"]
     assert list(here.iterdir()) == []
 
 
@@ -189,7 +189,7 @@ def test_help_is_no_mistake(words, capsys):
         (["--sft.batch", "many"], "sft.batch: Input should be a valid integer"),
         (["--seed", "-1"], "seed: Input should be greater than or equal to 0 (given: -1)"),
         (["--stages", "sft"], "stages: Input should be a valid list (given: 'sft')"),
-        (["--policy.rollouts", "12"], "policy: rollouts = 12 is not a multiple of batch = 8"),
+        (["--policy.rollouts", "10"], "policy: rollouts = 10 is not a multiple of batch = 4"),
         (["--policy.method", "rtoo"], "policy.method = 'rtoo' is unknown, did you mean rto?; known: ppo, rto"),
         (["--baselines.ppo.method", "pp"], "baselines.ppo.method = 'pp' is unknown, did you mean ppo?"),
         (["--baselines.ppo.lrr", "1"], "in [baselines.ppo]: unknown key lrr, did you mean lr?"),
