@@ -137,7 +137,12 @@ class Training(Section):
     warmup: float = Field(0.03, ge=0, lt=1)  # share of the steps
     floor: float = Field(0.1, ge=0, le=1)  # share of lr at the end
     max_norm: float = Field(1.0, gt=0)
-    micro_tokens: int = Field(16384, ge=1)  # padded tokens that one forward pass may hold
+    micro_tokens: int = Field(16384, ge=1)  # padded tokens of one training pass; see reading_tokens
+
+    @property
+    def reading_tokens(self) -> int:
+        """Padded tokens of one pass without gradients, sampling included: it keeps no activations, so four times as many."""
+        return 4 * self.micro_tokens
 
 
 class Supervised(Training):

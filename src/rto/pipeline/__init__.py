@@ -151,7 +151,7 @@ def generate(
     else:
         asked = job.rows.test_prompts
     asked = asked[:limit]
-    made = answer(role, asked, settings, encoder, seed, config.policy.micro_tokens, job.runtime)
+    made = answer(role, asked, settings, encoder, seed, config.policy.reading_tokens, job.runtime)
     return [
         {"prompt": row.text, "answer": text, "finished": done, "policy": name}
         for row, text, done in zip(asked, made.texts, made.completions.finished.tolist(), strict=True)

@@ -24,7 +24,7 @@ SHOWN = 4  # answers of each policy whose credit the report shows
 def evaluate(job: Job) -> str:
     """Write evaluation.json, credit.json and every policy's answers."""
     config, rows, shop = job.config, job.rows, job.workshop()
-    settings, budget = config.evaluation, config.policy.micro_tokens
+    settings, budget = config.evaluation, config.policy.reading_tokens
     prompts = rows.test_prompts[: settings.prompts]
     asked = [row for row in prompts for _ in range(settings.samples)]
     truth = token_rewards if isinstance(config.data, recipe.World) else None
@@ -67,7 +67,7 @@ def evaluate(job: Job) -> str:
 
 def _judge(job: Job, shop: Workshop, truth: contest.Truth | None) -> tuple[contest.Oracle, str]:
     """The oracle and what the report says of it."""
-    settings, budget = job.config.evaluation.oracle, job.config.policy.micro_tokens
+    settings, budget = job.config.evaluation.oracle, job.config.policy.reading_tokens
     if isinstance(settings, recipe.WorldOracle):
         assert truth is not None
         return contest.judge_by_truth(truth, job.rows.encoder), "the tiny world's own reward, exact"

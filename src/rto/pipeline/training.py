@@ -69,7 +69,7 @@ def _scorer(job: Job, stage: str, pairs: Sequence[PairRow], seed: int) -> str:
     objective = PairObjective(role, loss, _options(config.reward.loss), rows.encoder.pad)
     _fit(job, stage, objective, pairs, config.reward, rows.test_pairs, seed)
     accuracy = evaluate(objective, rows.test_pairs, config.reward, job.runtime)["accuracy"]
-    scores = objective.scores(rows.test_pairs, config.reward.micro_tokens).double()
+    scores = objective.scores(rows.test_pairs, config.reward.reading_tokens).double()
     job.save(role, stage, _scorer_pad(job))
     if job.runtime.main:
         notes = ScorerNotes(scores.mean().item(), max(scores.std().item(), 1e-8), accuracy, len(rows.test_pairs))

@@ -143,7 +143,7 @@ def rollout(
 ) -> tuple[Completions, Signals, Float[Tensor, "N T"]]:
     """One answer a prompt, what the roles say of it, and the critic's values. Each process does its share."""
     mine = runtime.share(list(range(len(asked))))
-    budget, temperature = config.micro_tokens, config.temperature
+    budget, temperature = config.reading_tokens, config.temperature
     own = generate(
         roles.policy,
         [asked[i].ids for i in mine],

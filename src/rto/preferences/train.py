@@ -226,7 +226,7 @@ def evaluate(
     objective: Objective[Row], rows: Sequence[Row], training: Supervised, runtime: Runtime
 ) -> dict[str, float]:
     """Loss and mean metrics on rows that are not trained on."""
-    sums = _accumulate(objective, list(rows), training.micro_tokens, runtime, lambda loss: None)
+    sums = _accumulate(objective, list(rows), training.reading_tokens, runtime, lambda loss: None)
     return {key: value if key == "loss" else value / len(rows) for key, value in sums.items()}
 
 
