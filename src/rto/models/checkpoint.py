@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from rto.models.role import Role
 

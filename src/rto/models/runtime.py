@@ -122,7 +122,7 @@ def _keep_freed_memory() -> None:
     if platform.libc_ver()[0] == "glibc":
         libc, mmap_threshold, trim_threshold = ctypes.CDLL(None), -3, -1  # the numbers of malloc.h
         libc.mallopt(mmap_threshold, 2**30)
-        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(trim_threshold, -1)  # never
 
 
 def peak_memory_mb() -> float:
