@@ -18,7 +18,6 @@ from torch.testing import assert_close
 from rto.cli import main
 from rto.report.log import read_metrics
 
-torch.set_num_threads(1)  # models this small lose time by sharing work
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = """
 device = "cpu"

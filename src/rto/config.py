@@ -141,7 +141,7 @@ class Training(Section):
 
     @property
     def reading_tokens(self) -> int:
-        """Padded tokens of one pass without gradients, sampling too: it keeps no activations, so it holds four times."""
+        """Padded tokens of one pass without gradients, sampling too: four times as many, it keeps no activations."""
         return 4 * self.micro_tokens
 
 

@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-torch.set_num_threads(1)  # models this small lose time by sharing work
-
 WORLD = """
 device = "cpu"
 [data]

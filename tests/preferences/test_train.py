@@ -26,7 +26,6 @@ from rto.recipe import build
 from rto.report.log import Progress, RunLog, read_metrics
 from rto.seeds import shuffled
 
-torch.set_num_threads(1)  # models this small lose time by sharing work
 KINDS = ["sft", "dpo", "bradley_terry"]
 WHOLE, ALONE = 1_000_000, 1  # micro_tokens: the batch in one pass, and a row a pass
 

@@ -37,7 +37,7 @@ def pick(
     whole = cdf[:, -1:]
     # Rounding could reach the whole, behind the last possible token: stay below it.
     target = torch.minimum(uniform[:, None] * whole, torch.nextafter(whole, torch.zeros_like(whole)))
-    tokens = torch.searchsorted(cdf, target, right=True).squeeze(-1)
+    tokens = torch.searchsorted(cdf, target, right=True).squeeze(-1).clamp(max=cdf.shape[-1] - 1)  # NaN has no place
     return tokens, logprobs.gather(-1, tokens[:, None]).squeeze(-1)
 
 
