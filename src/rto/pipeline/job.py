@@ -139,8 +139,13 @@ class Job:
         seed = self.config.seed if seed is None else seed
         return Workshop(self.config.model, self.base, self.tokenizer, self.runtime, seed)
 
-    def save(self, role: Role, stage: str, pad: int) -> None:
+    def save(self, role: Role, stage: str) -> None:
+        """Write a stage's model. Its padding id is not the end of a response: plain transformers reads a scorer at
+        the last token that is no padding, and with LoRA takes the padding id from the base model, the sft stage's."""
         if self.runtime.main:
+            encoder = self.rows.encoder
+            others = (i for i in self.tokenizer.all_special_ids if i != encoder.end)
+            pad = encoder.pad if encoder.pad != encoder.end else next(others, encoder.pad)
             save_role(role, self.folder / stage, self.tokenizer, pad)
         self.runtime.wait()
 

@@ -33,7 +33,7 @@ def sft(job: Job) -> str:
     _fit(job, "sft", SftObjective(role, rows.encoder.pad), rows.answers, config.sft)
     if role.adapter is not None:
         role = merged(role)
-    job.save(role, "sft", rows.encoder.pad)
+    job.save(role, "sft")
     return "sft"
 
 
@@ -45,7 +45,7 @@ def prefer(job: Job) -> str:
     loss = PREFERENCE_LOSSES[config.prefer.loss["type"]]
     objective = PairObjective(role, loss, _options(config.prefer.loss), rows.encoder.pad, reference)
     _fit(job, "prefer", objective, rows.pairs, config.prefer, rows.test_pairs)
-    job.save(role, "prefer", rows.encoder.pad)
+    job.save(role, "prefer")
     return "prefer"
 
 
@@ -70,19 +70,11 @@ def _scorer(job: Job, stage: str, pairs: Sequence[PairRow], seed: int) -> str:
     _fit(job, stage, objective, pairs, config.reward, rows.test_pairs, seed)
     accuracy = evaluate(objective, rows.test_pairs, config.reward, job.runtime)["accuracy"]
     scores = objective.scores(rows.test_pairs, config.reward.reading_tokens).double()
-    job.save(role, stage, _scorer_pad(job))
+    job.save(role, stage)
     if job.runtime.main:
         notes = ScorerNotes(scores.mean().item(), max(scores.std().item(), 1e-8), accuracy, len(rows.test_pairs))
         save_notes(job.folder / stage, notes)
     return stage
-
-
-def _scorer_pad(job: Job) -> int:
-    """A padding id that is not the end of a response; see ``checkpoint.save_role``."""
-    encoder = job.rows.encoder
-    if encoder.pad != encoder.end:
-        return encoder.pad
-    return next((i for i in job.tokenizer.all_special_ids if i != encoder.end), encoder.pad)
 
 
 def rl(job: Job, name: str, policy: Policy, terms: list[Spec]) -> str:
@@ -108,7 +100,7 @@ def rl(job: Job, name: str, policy: Policy, terms: list[Spec]) -> str:
         progress=job.progress,
         oracle=judge_by_truth(token_rewards, rows.encoder) if isinstance(config.data, recipe.World) else None,
     )
-    job.save(roles.policy, f"rl/{name}", rows.encoder.pad)
+    job.save(roles.policy, f"rl/{name}")
     return f"rl/{name}"
 
 

@@ -122,11 +122,11 @@ class PairObjective:
         if self.role.head is not None:
             read["chosen_score"], read["rejected_score"] = self.role.scores(both).chunk(2)
             return read
-        read["chosen"], read["rejected"] = masked_sum(self.role.logprobs(both)[0], both.mask).chunk(2)
-        if self.reference is not None:
+        if self.reference is not None:  # first, while no activations of the policy are held
             with torch.no_grad():
                 frozen = masked_sum(self.reference.logprobs(both)[0], both.mask)
             read["chosen_reference"], read["rejected_reference"] = frozen.chunk(2)
+        read["chosen"], read["rejected"] = masked_sum(self.role.logprobs(both)[0], both.mask).chunk(2)
         return read
 
     def _sums(self, read: dict[str, Tensor]) -> Sums:
