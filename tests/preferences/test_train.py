@@ -114,6 +114,14 @@ def test_padding_adds_nothing(world, kind):
         assert torch.equal(goal.loss([short, long], 2)[0], both)
 
 
+def test_scores_keep_the_order_of_the_rows(world):
+    goal, rows = objective(world, "bradley_terry"), world.rows.pairs[:7]
+    chosen, rejected = goal.scores(rows, budget=60)
+    for i, row in enumerate(rows):
+        alone = goal.scores([row], budget=1)
+        assert_close(torch.stack([chosen[i], rejected[i]]), torch.cat(alone), atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_last_batch_is_a_mean_over_its_own_rows(world, kind, tmp_path):
     rows = rows_of(world, kind)[:10]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from rto import config as recipe
 from rto import rewards
 from rto.config import Policy, Spec
@@ -18,7 +20,7 @@ from rto.models.workshop import Workshop, verify
 from rto.pipeline.job import Job
 from rto.policy import train as rl_loop
 from rto.preferences import PREFERENCE_LOSSES, REWARD_LOSSES
-from rto.preferences.train import PairObjective, SftObjective, evaluate, fit
+from rto.preferences.train import PairObjective, SftObjective, fit
 
 
 def sft(job: Job) -> str:
@@ -68,8 +70,9 @@ def _scorer(job: Job, stage: str, pairs: Sequence[PairRow], seed: int) -> str:
     loss = REWARD_LOSSES[config.reward.loss["type"]]
     objective = PairObjective(role, loss, _options(config.reward.loss), rows.encoder.pad)
     _fit(job, stage, objective, pairs, config.reward, rows.test_pairs, seed)
-    accuracy = evaluate(objective, rows.test_pairs, config.reward, job.runtime)["accuracy"]
-    scores = objective.scores(rows.test_pairs, config.reward.reading_tokens).double()
+    chosen, rejected = objective.scores(rows.test_pairs, config.reward.reading_tokens)
+    scores = torch.cat([chosen, rejected]).double()
+    accuracy = ((chosen > rejected).double() + 0.5 * (chosen == rejected)).mean().item()
     job.save(role, stage)
     if job.runtime.main:
         notes = ScorerNotes(scores.mean().item(), max(scores.std().item(), 1e-8), accuracy, len(rows.test_pairs))

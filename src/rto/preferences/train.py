@@ -108,13 +108,13 @@ class PairObjective:
         return losses.sum() / total, self._sums(read)
 
     @torch.no_grad()
-    def scores(self, rows: Sequence[PairRow], budget: int) -> Tensor:
-        """The scorer's scores of all chosen and all rejected answers, [2N]."""
-        found: list[Tensor] = []
+    def scores(self, rows: Sequence[PairRow], budget: int) -> tuple[Tensor, Tensor]:
+        """The scorer's scores of all chosen and of all rejected answers, each [N], in the order of the rows."""
+        chosen, rejected = torch.zeros(len(rows)), torch.zeros(len(rows))
         for index in micro_batches([self.size(row) for row in rows], budget):
             read = self._read(collate_pairs([rows[i] for i in index], self.pad).to(self.role.backbone.device))
-            found += [read["chosen_score"].float().cpu(), read["rejected_score"].float().cpu()]
-        return torch.cat(found)
+            chosen[index], rejected[index] = read["chosen_score"].float().cpu(), read["rejected_score"].float().cpu()
+        return chosen, rejected
 
     def _read(self, pairs: Pairs) -> dict[str, Tensor]:
         both = _both(pairs)
