@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 
@@ -45,13 +45,6 @@ class Runtime:
     def share(self, items: list[Any]) -> list[Any]:
         """This process's part of a list: every world-th item."""
         return items[self.rank :: self.world]
-
-    def gather(self, items: list[Any]) -> list[Any]:
-        """The inverse of :meth:`share`: everybody's items, in the order of the whole list."""
-        if self.world == 1:
-            return items
-        parts = self.gather_all(items)
-        return [parts[i % self.world][i // self.world] for i in range(sum(map(len, parts)))]
 
     def gather_all(self, item: Any) -> list[Any]:
         """One item of every process, by rank."""
@@ -95,14 +88,6 @@ class Runtime:
 
     def wait(self) -> None:
         self.accelerator.wait_for_everyone()
-
-    def broadcast(self, value: Any) -> Any:
-        """The main process's value, everywhere."""
-        if self.world == 1:
-            return value
-        box = [value]
-        broadcast_object_list(box)
-        return box[0]
 
     def start_trackers(self, name: str, config: dict[str, Any]) -> None:
         if self._trackers:

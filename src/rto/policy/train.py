@@ -115,7 +115,6 @@ def train(
         state.controller.update(kl, config.rollouts)
         state.iteration += 1
 
-        answers = [encoder.decode(ids[m].tolist()) for ids, m in zip(completions.ids, completions.mask, strict=True)]
         if oracle is not None:
             truth = oracle(asked, completions)
             metrics["oracle"] = sum(truth) / len(truth)
@@ -124,7 +123,8 @@ def train(
         runtime.track({f"{stage}/{key}": value for key, value in metrics.items()}, state.iteration)
         if state.iteration % config.samples_every == 1 or config.samples_every == 1 or state.iteration == iterations:
             for i in range(min(2, len(asked))):
-                record: dict[str, Any] = {"prompt": asked[i].text, "answer": answers[i]}
+                answer = encoder.decode(completions.ids[i][completions.mask[i]].tolist())
+                record: dict[str, Any] = {"prompt": asked[i].text, "answer": answer}
                 record |= {"score": masked_sum(total[i : i + 1], signals.mask[i : i + 1]).item()}
                 log.sample(stage, state.iteration, record | {"finished": completions.finished[i].item()})
         progress.update(state.iteration, metrics)
