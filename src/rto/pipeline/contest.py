@@ -108,9 +108,11 @@ def _write_answers(
     folder = job.folder / "evaluation"
     folder.mkdir(exist_ok=True)
     for name, made in answers.items():
-        finished = made.completions.finished.tolist()
-        lines = [
-            json.dumps({"prompt": row.text, "answer": text, "finished": done, "score": score}, ensure_ascii=False)
-            for row, text, done, score in zip(asked, made.texts, finished, scores[name], strict=True)
-        ]
+        lines = []
+        for i, row in enumerate(asked):
+            shown = {"prompt": row.text, "answer": made.texts[i]}
+            shown |= {"finished": made.completions.finished[i].item(), "score": scores[name][i]}
+            # Text does not always encode back to the sampled tokens; the ids let anyone repeat the numbers exactly.
+            ids = made.completions.ids[i][made.completions.mask[i]].tolist()
+            lines.append(json.dumps(shown | {"prompt_ids": row.ids, "answer_ids": ids}, ensure_ascii=False))
         (folder / f"answers-{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
