@@ -101,13 +101,18 @@ class Signals(_Rows):
     """Everything that a reward term may read about a batch of rollouts, in response coordinates.
 
     A field is None when no term of the recipe needs it: what nobody reads is not computed.
-    ``scores`` is the scorer at the last response token, already normalised when the recipe asks for it.
     """
 
     mask: Bool[Tensor, "B T"]
     finished: Bool[Tensor, " B"]
-    logprobs: Float[Tensor, "B T"]
-    reference: Float[Tensor, "B T"]
+    logprobs: Float[Tensor, "B T"]  # under the policy that wrote the answer, nats
+    reference: Float[Tensor, "B T"]  # under the frozen SFT model
+    moving: Float[Tensor, "B T"] | None = None  # under the moving reference that KL is taken against, where there is one
     guide: Float[Tensor, "B T"] | None = None
-    scores: Float[Tensor, " B"] | None = None
-    values: Float[Tensor, "B T"] | None = None
+    scores: Float[Tensor, " B"] | None = None  # the scorer's sentence reward, normalised where the recipe asks for it
+    segments: Float[Tensor, "B T"] | None = None  # normalised value of each segment on its last token, 0 elsewhere
+    segment_ends: Bool[Tensor, "B T"] | None = None
+    sentence_ends: Bool[Tensor, "B T"] | None = None  # tokens that end a sentence; each answer's last token is one
+    attention: Float[Tensor, "B T"] | None = None  # share of each token in the reader's attention, sum 1 a row
+    function: Float[Tensor, "B T"] | None = None  # what a Python function says; NaN on a whole row: missing
+    http: Float[Tensor, "B T"] | None = None  # what a server says; NaN on a whole row: missing

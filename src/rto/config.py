@@ -8,11 +8,12 @@ advantage estimator or a policy loss belong to its function: here they are a :da
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 Spec = dict[str, Any]
+Main = TypeVar("Main", bound=BaseModel)
 Stage = Literal["sft", "prefer", "reward", "rl", "evaluate", "report"]
 STAGES: tuple[Stage, ...] = ("sft", "prefer", "reward", "rl", "evaluate", "report")
 
@@ -92,6 +93,7 @@ class Files(Section):
     pairs: str | None = None
     prompts: str | None = None  # prompts for RL; default: the prompts of the training pairs
     sft: str | None = None  # demonstrations; default: the chosen answers of the training pairs
+    scored: str | None = None  # answers with a label or scores, for losses that read them (kto, mppo); default: pairs
     layout: Literal["auto", "trl", "hh", "sharegpt", "prompts", "messages"] = "auto"
     split: str = "train"
     limit: int | None = Field(None, ge=1)
@@ -154,24 +156,47 @@ class Sft(Supervised):
     batch: int = Field(32, ge=1)
 
 
+class Rounds(Section):
+    """Accelerated preference optimisation (APO): each round's reference is the policy of the round before, and each
+    round's weights go ``extrapolation`` times its own step further."""
+
+    count: int = Field(1, ge=1)
+    extrapolation: float = Field(0.0, ge=0, lt=1)
+
+
 class Prefer(Supervised):
     batch: int = Field(256, ge=1)
     loss: Spec = {"type": "dpo"}
     checkpoint: str | None = None  # a finished guide: it is used and nothing is trained
+    rounds: Rounds = Rounds()
+    cache_reference: bool = False  # keep the reference's log-probs of every answer: pays from the second epoch on
+
+
+class Normaliser(Section):
+    """The location-aware normaliser of a segment scorer: what it is fitted on."""
+
+    answers: Literal["pairs", "sampled"] = "pairs"  # the training pairs' answers, or answers of the reference
+    limit: int = Field(60_000, ge=2)  # answers
+    floor: float = Field(0.1, gt=0)  # the fitted std is never below this; raw units of the scorer
 
 
 class Reward(Supervised):
     lr: float = Field(1e-6, gt=0)
     loss: Spec = {"type": "bradley_terry"}
+    cutoff: float | None = Field(None, ge=0)  # entropy (nats) that starts a segment; 0: tokens; none: whole answers
     model: Model | None = None  # a scorer of another size with the same tokenizer; default: the SFT model
     checkpoint: str | None = None  # a finished scorer
-    normalize: bool = True  # (score - mean) / std with the statistics of its evaluation pairs
+    normalize: bool = True  # of scores: (score - mean) / std over its evaluation pairs; of segments: by location
+    normaliser: Normaliser = Normaliser()
 
 
 class Kl(Section):
-    """The penalty -coef * (log pi - log pi_ref) on every token and how its coefficient moves."""
+    """The KL penalty on every token, by default -coef * (log pi - log pi_ref), and how its coefficient moves."""
 
     coef: float = Field(0.01, ge=0)
+    place: Literal["reward", "loss"] = "reward"
+    estimator: Literal["k1", "k2", "k3"] = "k1"
+    ema: float | None = Field(None, gt=0, lt=1)  # reference <- ema * reference + (1 - ema) * policy each iteration
     controller: Literal["fixed", "adaptive"] = "fixed"
     target: float | None = Field(None, gt=0)
     unit: Literal["sequence", "token"] = "sequence"  # of the measured KL and of ``target``, in nats
@@ -189,7 +214,8 @@ class Critic(Section):
 
     lr: float = Field(9e-6, gt=0)
     init: Literal["scorer", "reference"] = "scorer"
-    clip: float = Field(0.2, gt=0)
+    clip: float | None = Field(0.2, gt=0)
+    warmup: int = Field(0, ge=0)  # first iterations that train the critic alone
 
 
 class Policy(Training):
@@ -197,10 +223,18 @@ class Policy(Training):
 
     method: str = "rto"  # a published list of reward terms, or "custom" with a list of your own in ``rewards``
     rewards: list[Spec] | None = None
+    guide: str | None = None  # which of [guides] the terms read; default: that of [prefer]
+    scorer: str | None = None  # which of [scorers] the terms read; default: that of [reward]
     rollouts: int = Field(1024, ge=1)
+    group: int = Field(1, ge=1)  # answers a prompt
     updates: int = Field(1, ge=1)
     advantage: Spec = {"type": "gae"}
-    whiten: bool = True
+    whiten: bool | None = None  # none: the estimator's own convention
+    advantage_clip: float | None = Field(None, gt=0)  # after whitening
+    reward_scaling: Literal["none", "std", "standardize"] = "none"  # by running moments of the answers' rewards
+    reward_clip: float | None = Field(None, gt=0)  # of a token's reward without KL, after scaling
+    max_missing: float = Field(0.5, ge=0, le=1)  # more answers without a reward than this share stop the run
+    ptx: float = Field(0.0, ge=0)  # weight of the SFT loss on demonstrations, beside the policy loss
     loss: Spec = {"type": "ppo"}
     reduction: Literal["sequence", "token"] = "sequence"
     temperature: float = Field(1.0, gt=0)
@@ -213,6 +247,8 @@ class Policy(Training):
     def _batches(self):
         if self.rollouts % self.batch:
             raise ValueError(f"rollouts = {self.rollouts} is not a multiple of batch = {self.batch}")
+        if self.batch % self.group:
+            raise ValueError(f"batch = {self.batch} is not a multiple of group = {self.group}")
         if (self.method == "custom") != (self.rewards is not None):
             raise ValueError("a list of rewards goes with method = 'custom', and only with it")
         return self
@@ -271,6 +307,8 @@ class Config(Section):
     prefer: Prefer = Prefer()
     reward: Reward = Reward()
     policy: Policy = Policy()
+    guides: dict[str, dict[str, Any]] = {}  # name -> keys of [prefer] that differ: further guides, compared too
+    scorers: dict[str, dict[str, Any]] = {}  # name -> keys of [reward] that differ: further scorers
     baselines: dict[str, dict[str, Any]] = {}  # name -> keys of [policy] that differ: trained for comparison
     evaluation: Evaluation = Evaluation()
 
@@ -281,6 +319,16 @@ class Config(Section):
         if self.data.type == "files" and self.data.pairs is None and set(self.stages) & {"prefer", "reward"}:
             raise ValueError("data.pairs is missing: name a file or a data set, for example --data.pairs prefs.jsonl")
         return self
+
+    def preferences(self) -> dict[str, Prefer]:
+        """Every guide by its stage: "prefer", then "prefer/NAME" of [guides]. Raises as :meth:`policies`."""
+        further = {f"prefer/{name}": _changed(self.prefer, changed) for name, changed in self.guides.items()}
+        return {"prefer": self.prefer, **further}
+
+    def rewards(self) -> dict[str, Reward]:
+        """Every scorer by its stage: "reward", then "reward/NAME" of [scorers]. Raises as :meth:`policies`."""
+        further = {f"reward/{name}": _changed(self.reward, changed) for name, changed in self.scorers.items()}
+        return {"reward": self.reward, **further}
 
     def policies(self) -> dict[str, Policy]:
         """Every policy that RL trains, by name: the baselines first, then the run's own method.
@@ -296,6 +344,10 @@ class Config(Section):
         if self.policy.method in named:
             raise ValueError(f"baselines.{self.policy.method} has the name of policy.method: give it another name")
         return {**named, self.policy.method: self.policy}
+
+
+def _changed(section: Main, changed: dict[str, Any]) -> Main:
+    return type(section).model_validate(_merge(section.model_dump(), changed))
 
 
 def _merge(base: dict[str, Any], changed: dict[str, Any]) -> dict[str, Any]:
