@@ -27,24 +27,31 @@ def main() -> None:
         folder = Path(known.output) / f"seed{seed}"
         recipe = rto.load_recipe(known.recipe, [("seed", str(seed)), ("output", json.dumps(str(folder)))])
         rto.run(recipe)
-        runs.append(json.loads((folder / "evaluation.json").read_text())["comparison"])
+        found = json.loads((folder / "evaluation.json").read_text())["comparison"]
+        credit = json.loads((folder / "credit.json").read_text())["methods"] or {}
+        runs.append(found | {"auc": {name: row["auc"] for name, row in credit.items()}})
     print(table(runs, known.seeds))
 
 
 def table(runs: list[dict], seeds: list[int]) -> str:
-    """Markdown: each policy's oracle score, KL and length by seed, then every pair's difference."""
+    """Markdown: each policy's oracle score, KL, length, win rate against the reference and token-credit AUC, as means
+    over the seeds with intervals; then every pair's difference in score, if the policies are few."""
     names = runs[0]["names"]
-    lines = [f"| policy | {' | '.join(f'seed {seed}' for seed in seeds)} | mean [95 %] | KL | tokens |"]
-    lines.append("| --- |" + " --- |" * (len(seeds) + 3))
+    heads = ["policy", *(f"seed {seed}" for seed in seeds), "oracle score", "KL (nats)", "tokens"]
+    heads += [f"wins against {names[0]} (%)", "credit AUC"]
+    lines = [f"| {' | '.join(heads)} |", "| --- |" + " --- |" * (len(heads) - 1)]
     scores = {name: [run["policies"][name]["score"] for run in runs] for name in names}
-    for name in names:
-        mean = seed_interval(scores[name])
-        rest = [sum(run["policies"][name][key] for run in runs) / len(runs) for key in ("kl", "length")]
-        cells = " | ".join(f"{score:.2f}" for score in scores[name])
-        interval = f"{mean.estimate:.2f} [{mean.low:.2f}, {mean.high:.2f}]"
-        lines.append(f"| {name} | {cells} | {interval} | {rest[0]:.2f} | {rest[1]:.1f} |")
+    for i, name in enumerate(names):
+        cells = [name, *(f"{score:.2f}" for score in scores[name]), over(scores[name])]
+        cells += [over([run["policies"][name][key] for run in runs]) for key in ("kl", "length")]
+        cells.append("-" if i == 0 else over([100 * run["matrix"][i][0] for run in runs], 1))
+        known = [run["auc"][name] for run in runs if run["auc"].get(name) is not None]
+        cells.append(over(known) if known else "-")
+        lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "| difference in oracle score | mean [95 %] | seeds won | win rate |", "| --- | --- | --- | --- |"]
-    for b, a in combinations(names, 2):
+    own = names[-1]  # the run's own method against every other; of few policies, all pairs
+    pairs = [(b, a) for b, a in combinations(names, 2) if a == own or len(names) <= 5]
+    for b, a in pairs:
         gap = across_seeds(scores[a], scores[b])
         won = sum(x > y for x, y in zip(scores[a], scores[b], strict=True))
         i, j = names.index(a), names.index(b)
@@ -52,6 +59,12 @@ def table(runs: list[dict], seeds: list[int]) -> str:
         said = f"{gap.estimate:+.2f} [{gap.low:+.2f}, {gap.high:+.2f}]"
         lines.append(f"| {a} - {b} | {said} | {won}/{len(runs)} | {100 * rate:.1f} % |")
     return "\n".join(lines)
+
+
+def over(values: list[float], digits: int = 2) -> str:
+    """Mean over the seeds with Student's 95 % interval."""
+    found = seed_interval(values)
+    return f"{found.estimate:.{digits}f} [{found.low:.{digits}f}, {found.high:.{digits}f}]"
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ class Signals(_Rows):
     finished: Bool[Tensor, " B"]
     logprobs: Float[Tensor, "B T"]  # under the policy that wrote the answer, nats
     reference: Float[Tensor, "B T"]  # under the frozen SFT model
-    moving: Float[Tensor, "B T"] | None = None  # under the moving reference that KL is taken against, where there is one
+    moving: Float[Tensor, "B T"] | None = None  # under the moving reference of KL, where there is one
     guide: Float[Tensor, "B T"] | None = None
     scores: Float[Tensor, " B"] | None = None  # the scorer's sentence reward, normalised where the recipe asks for it
     segments: Float[Tensor, "B T"] | None = None  # normalised value of each segment on its last token, 0 elsewhere

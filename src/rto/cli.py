@@ -93,9 +93,17 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--prompts", help="a file of prompts; default: the held-out prompts of the run")
     verb.add_argument("--out", help="a JSONL file; default: standard output")
     verb.add_argument("--limit", type=int, help="at most so many prompts")
-    verb.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
-    verb.add_argument("--top-p", type=float, default=1.0)
-    verb.add_argument("--seed", type=int, default=0)
+    verb.add_argument("--search", choices=("sample", "beams"), default="sample", help="default: sample")
+    verb.add_argument("--temperature", type=float, help="of sampling; default: 1, 0 is greedy")
+    verb.add_argument("--top-p", type=float, help="of sampling; default: 1")
+    verb.add_argument("--seed", type=int, help="of sampling; default: 0")
+    verb.add_argument("--beams", type=int, help="width of a beam search; default: 5")
+    verb.add_argument(
+        "--score",
+        choices=("policy", "implicit"),
+        help="what a beam search sums: log pi of the policy (default), or its log-ratio to the reference",
+    )
+    verb.add_argument("--length-norm", action="store_true", help="a beam search divides the sum by the length")
     return parser
 
 
@@ -167,9 +175,13 @@ def _generate(known: argparse.Namespace) -> int:
         prompts=known.prompt,
         file=known.prompts,
         limit=known.limit,
+        search=known.search,
         temperature=known.temperature,
         top_p=known.top_p,
         seed=known.seed,
+        beams=known.beams,
+        score=known.score,
+        length_norm=known.length_norm,
     )
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     if known.out:

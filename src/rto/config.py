@@ -164,10 +164,15 @@ class Rounds(Section):
     extrapolation: float = Field(0.0, ge=0, lt=1)
 
 
-class Prefer(Supervised):
+class Trained(Supervised):
+    """A model that is trained here, or comes finished."""
+
+    checkpoint: str | None = None  # a finished one: it is used and nothing is trained
+
+
+class Prefer(Trained):
     batch: int = Field(256, ge=1)
     loss: Spec = {"type": "dpo"}
-    checkpoint: str | None = None  # a finished guide: it is used and nothing is trained
     rounds: Rounds = Rounds()
     cache_reference: bool = False  # keep the reference's log-probs of every answer: pays from the second epoch on
 
@@ -180,12 +185,11 @@ class Normaliser(Section):
     floor: float = Field(0.1, gt=0)  # the fitted std is never below this; raw units of the scorer
 
 
-class Reward(Supervised):
+class Reward(Trained):
     lr: float = Field(1e-6, gt=0)
     loss: Spec = {"type": "bradley_terry"}
     cutoff: float | None = Field(None, ge=0)  # entropy (nats) that starts a segment; 0: tokens; none: whole answers
     model: Model | None = None  # a scorer of another size with the same tokenizer; default: the SFT model
-    checkpoint: str | None = None  # a finished scorer
     normalize: bool = True  # of scores: (score - mean) / std over its evaluation pairs; of segments: by location
     normaliser: Normaliser = Normaliser()
 

@@ -91,3 +91,38 @@ def token_logprobs(
     logprobs, entropy = (torch.cat(values) for values in zip(*parts, strict=True))
     blank = logprobs.new_zeros(mask.shape)
     return blank.index_put(where, logprobs), blank.index_put(where, entropy)
+
+
+def token_kl(
+    hidden: Float[Tensor, "B T H"],
+    hidden_reference: Float[Tensor, "B T K"],
+    mask: Bool[Tensor, "B T"],
+    project: Callable[[Float[Tensor, "N H"]], Float[Tensor, "N V"]],
+    project_reference: Callable[[Float[Tensor, "N K"]], Float[Tensor, "N V"]],
+    chunk: int = 256,
+) -> Float[Tensor, "B T"]:
+    """KL(reference || policy) of the next token over the whole vocabulary, nats and float32; zero outside the mask.
+
+    Gradients reach the policy only. As in :func:`token_logprobs` at most ``chunk`` positions have logits at once, of
+    both models, and in training they are computed again in the backward pass.
+    """
+    where = mask.nonzero(as_tuple=True)
+
+    def compare(states: Tensor, frozen: Tensor) -> Tensor:
+        with torch.no_grad():
+            expected = _log_softmax(project_reference(frozen))
+        # A word of probability 0 under the reference adds 0, also where its log is -inf.
+        gap = torch.where(expected.isneginf(), 0.0, expected - _log_softmax(project(states)))
+        return (expected.exp() * gap).sum(-1)
+
+    again = torch.is_grad_enabled()
+    parts = [
+        checkpoint(compare, s, f, use_reentrant=False) if again else compare(s, f)
+        for s, f in zip(hidden[where].split(chunk), hidden_reference[where].split(chunk), strict=True)
+    ]
+    kl = torch.cat(parts)
+    return kl.new_zeros(mask.shape).index_put(where, kl)
+
+
+def _log_softmax(logits: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
+    return logits.log_softmax(-1, dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32)

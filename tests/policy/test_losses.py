@@ -95,6 +95,43 @@ def test_clipping_only_takes_away():
         assert (ppo(logprobs, old, advantages) >= -ratios(logprobs, old) * advantages).all()
 
 
+def test_clip_high_widens_one_side():
+    """[0.8, 1.4]: 1.5 is held at 1.4, 1.3 and 0.9 are free, 0.5 with A < 0 is held at 0.8 as before."""
+    logprobs, old = at((1.5, 1.3, 0.9, 0.5))
+    got = ppo(logprobs, old, row(1, 1, 1, -1), clip=0.2, clip_high=0.4)
+    assert_close(got, row(-1.4, -1.3, -0.9, 0.8))
+    assert_close(gradient(got, logprobs), row(0.0, -1.3, -0.9, 0.0))
+    for advantage in (2.0, -2.0):
+        advantages = torch.full_like(old, advantage)
+        assert torch.equal(ppo(logprobs, old, advantages, clip_high=0.2), ppo(logprobs, old, advantages))
+
+
+def test_dual_clip_bounds_the_loss_of_bad_tokens():
+    """c = 3: with A = -2 the loss is at most 6, beyond it nothing pulls; with A > 0 nothing changes."""
+    logprobs, old = at((0.5, 1.0, 2.9, 3.1, 50.0))
+    got = ppo(logprobs, old, torch.full_like(old, -2.0), dual=3.0)
+    assert_close(got, row(1.6, 2.0, 5.8, 6.0, 6.0))
+    assert_close(gradient(got, logprobs), row(0.0, 2.0, 5.8, 0.0, 0.0))
+    for advantage in (2.0, 0.0):
+        advantages = torch.full_like(old, advantage)
+        assert torch.equal(ppo(logprobs, old, advantages, dual=3.0), ppo(logprobs, old, advantages))
+    advantages = torch.full_like(old, -2.0)
+    assert torch.equal(ppo(logprobs, old, advantages, dual=1e6), ppo(logprobs, old, advantages))
+
+
+def test_dual_clip_gradcheck():
+    logprobs, old = at(RATIOS)
+    advantages = torch.full_like(old, -2.0)
+    assert torch.autograd.gradcheck(lambda x: ppo(x, old, advantages, clip_high=0.3, dual=1.3), logprobs)
+
+
+@pytest.mark.parametrize("dual", [1.0, 0.2, -3.0])
+def test_dual_at_or_below_one_is_refused(dual):
+    logprobs, old = at(RATIOS)
+    with pytest.raises(ValueError, match=f"policy.loss.dual = {dual:g} must be above 1"):
+        ppo(logprobs, old, torch.ones_like(old), dual=dual)
+
+
 # --- the value loss -----------------------------------------------------------------------------------
 
 
@@ -114,6 +151,11 @@ def test_value_loss_by_hand():
 def test_value_loss_with_a_wide_clip_is_the_squared_error():
     values, old, returns = row(1, -5, 40), row(0, 0, 0), row(2, 2, 2)
     assert_close(value_loss(values, old, returns, clip=1e6), 0.5 * (values - returns) ** 2)
+
+
+def test_value_loss_without_a_clip_is_the_squared_error():
+    values, old, returns = row(1, -5, 40), row(0, 0, 0), row(2, 2, 2)
+    assert torch.equal(value_loss(values, old, returns, clip=None), 0.5 * (values - returns) ** 2)
 
 
 def test_value_loss_at_the_old_value_has_the_whole_gradient():

@@ -14,36 +14,13 @@ from torch import nn
 from torch.testing import assert_close
 
 from rto.config import Supervised
-from rto.data.rows import make_rows, make_tokenizer
-from rto.models.checkpoint import save_role
-from rto.models.load import scratch_network
-from rto.models.role import Backbone, Role
-from rto.models.runtime import Runtime
-from rto.models.workshop import Workshop
 from rto.preferences import bradley_terry, dpo
 from rto.preferences.train import PairObjective, SftObjective, evaluate, fit, gradients
-from rto.recipe import build
 from rto.report.log import Progress, RunLog, read_metrics
 from rto.seeds import shuffled
 
 KINDS = ["sft", "dpo", "bradley_terry"]
 WHOLE, ALONE = 1_000_000, 1  # micro_tokens: the batch in one pass, and a row a pass
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """Rows of the tiny world and a workshop around a random model of 16 dimensions."""
-    scratch = {"type": "scratch", "hidden": 16, "layers": 1, "heads": 2, "intermediate": 16}
-    data = {"type": "world", "sft": 24, "pairs": 24, "prompts": 4, "test": 4}
-    config = build({"model": scratch, "data": data, "evaluation": {"oracle": {"type": "world"}}})
-    tokenizer = make_tokenizer(config, None)
-    rows = make_rows(config, tokenizer)
-    network = scratch_network(config.model, tokenizer, rows.encoder.end, seed=0)
-    folder = tmp_path_factory.mktemp("base")
-    save_role(Role(Backbone(network, "scratch", None, torch.float32)), folder, tokenizer, rows.encoder.pad)
-    runtime = Runtime("cpu")
-    shop = Workshop(config.model, str(folder), tokenizer, runtime, 0)
-    return SimpleNamespace(rows=rows, shop=shop, runtime=runtime, pad=rows.encoder.pad)
 
 
 def objective(world, kind: str, **options) -> Any:

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from rto import rewards
 from rto.batch import Signals
-from rto.rewards import METHODS, TERMS, implicit, kl_penalty, terminal
+from rto.rewards import METHODS, implicit, shaped, terminal
 
 NAN = float("nan")
 MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]).bool()
@@ -63,6 +63,17 @@ def test_implicit_telescopes_to_the_answers_log_ratio(signals):
     assert_close(implicit(signals, scale=0.1, clip=None).sum(-1), 0.1 * torch.tensor([-1.7, 1.5, -7.0, 0.0]))
 
 
+def test_implicit_moves_what_it_clipped(signals):
+    """Each token is held within the clip before it is moved: -2.5 counts as -1."""
+    assert_close(implicit(signals, placement="end").sum(-1), IMPLICIT.sum(-1))
+    assert implicit(signals, placement="end")[0].tolist() == pytest.approx([0, 0, 0, -0.01])
+
+
+def test_shaped_takes_back_what_implicit_gives(signals):
+    taken = implicit(signals) - shaped(signals)
+    assert_close(taken, implicit(signals, placement="end"))
+
+
 def test_terminal_by_hand(signals):
     assert_close(terminal(signals), TERMINAL)
     assert_close(terminal(signals, scale=3.0), 3 * TERMINAL)  # the clip acts before the scale
@@ -74,12 +85,6 @@ def test_terminal_does_not_look_at_finished(signals):
     """An answer cut at the limit is scored at its last token, as in the published code."""
     cut = replace(signals, finished=torch.zeros(4).bool())
     assert torch.equal(terminal(cut), terminal(signals))
-
-
-def test_kl_penalty_by_hand(signals):
-    assert_close(kl_penalty(signals.logprobs, signals.reference, MASK, 0.01), KL)
-    assert (kl_penalty(signals.logprobs, signals.reference, MASK, 0.0) == 0).all()
-    assert (kl_penalty(signals.logprobs, signals.logprobs, MASK, 5.0) == 0).all()
 
 
 # --- the sum ------------------------------------------------------------------------------------------
@@ -120,6 +125,16 @@ def test_needs():
     assert rewards.needs([]) == set()
 
 
+def test_needs_follow_an_option():
+    assert rewards.needs([{"type": "implicit", "placement": "sentence"}]) == {"guide", "sentence_ends"}
+    assert rewards.needs([{"type": "implicit", "placement": "token"}, {"type": "shaped"}]) == {"guide"}
+    assert rewards.needs([{"type": "implicit", "placement": "sentence", "scale": 0.0}]) == set()
+
+
+def test_penalties_need_nothing():
+    assert rewards.needs([{"type": "missing_eos"}, {"type": "length", "limit": 3}]) == set()
+
+
 def test_no_term_leaves_the_kl_penalty(signals):
     total, parts = rewards.total([], signals, kl_coef=0.01)
     assert_close(total, KL)
@@ -136,29 +151,7 @@ def test_two_terms_of_one_type_keep_their_names_apart(signals):
     assert_close(total, others + KL)  # the two terminals cancel
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_padding_changes_nothing(method, signals):
-    def pad(cells: torch.Tensor, value: float) -> torch.Tensor:
-        return torch.nn.functional.pad(cells, (0, 3), value=value)
-
-    wide = replace(
-        signals,
-        mask=pad(MASK, False),
-        logprobs=pad(signals.logprobs, NAN),
-        reference=pad(signals.reference, NAN),
-        guide=pad(signals.guide, NAN),
-    )
-    total, _ = rewards.total(METHODS[method], signals, kl_coef=0.01)
-    padded, _ = rewards.total(METHODS[method], wide, kl_coef=0.01)
-    assert torch.equal(padded[:, :4], total) and (padded[:, 4:] == 0).all()
-    assert torch.isfinite(padded).all()
-
-
 def test_rows_do_not_see_each_other(signals):
     total, _ = rewards.total(METHODS["rto"], signals, kl_coef=0.01)
     alone = [rewards.total(METHODS["rto"], signals.rows(slice(i, i + 1)), kl_coef=0.01)[0] for i in range(4)]
     assert torch.equal(torch.cat(alone), total)
-
-
-def test_methods_name_known_terms():
-    assert {term["type"] for terms in METHODS.values() for term in terms} <= set(TERMS)

@@ -14,7 +14,7 @@ import jinja2
 
 from rto.config import Files
 from rto.data.layouts import Prompt, Reason
-from rto.data.sources import Loaded, RejectedRow, TextAnswer, TextPair, TextPrompt
+from rto.data.sources import Loaded, RejectedRow, TextAnswer, TextPair, TextPrompt, TextScored
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -197,6 +197,18 @@ class PairRow:
     margin: float
 
 
+@dataclass(frozen=True)
+class ScoredRow:
+    """One prompt with one answer or more; ``finished`` and ``scores`` have an entry an answer."""
+
+    row: int
+    prompt_text: str
+    prompt: list[int]
+    answers: list[list[int]]
+    finished: list[bool]
+    scores: list[float]
+
+
 Row = TypeVar("Row")
 
 
@@ -236,15 +248,27 @@ def encode_pairs(encoder: Encoder, loaded: Loaded[TextPair]) -> Encoded[PairRow]
     """Pairs whose answers are equal once they are cut teach nothing: same_answers. Raises as :func:`encode_prompts`."""
     out: Encoded[PairRow] = Encoded(loaded.file, [], list(loaded.rejected))
     for row in loaded.rows:
-        coded = _encode(encoder, out, row.row, row.prompt, [row.chosen, row.rejected])
+        coded = _encode(encoder, out, row.row, row.prompt, [row.chosen, row.rejected], differ=True)
         if coded is not None:
             text, prompt, answers = coded
             out.rows.append(PairRow(row.row, text, prompt, *answers[0], *answers[1], row.margin))
     return _some(out)
 
 
+def encode_scored(encoder: Encoder, loaded: Loaded[TextScored]) -> Encoded[ScoredRow]:
+    """A row with one bad answer is rejected as a whole. Raises as :func:`encode_prompts`."""
+    out: Encoded[ScoredRow] = Encoded(loaded.file, [], list(loaded.rejected))
+    for row in loaded.rows:
+        coded = _encode(encoder, out, row.row, row.prompt, row.answers)
+        if coded is not None:
+            text, prompt, answers = coded
+            ids, finished = [ids for ids, _ in answers], [end for _, end in answers]
+            out.rows.append(ScoredRow(row.row, text, prompt, ids, finished, row.scores))
+    return _some(out)
+
+
 def _encode(
-    encoder: Encoder, out: Encoded[Row], row: int, prompt: Prompt, texts: list[str]
+    encoder: Encoder, out: Encoded[Row], row: int, prompt: Prompt, texts: list[str], differ: bool = False
 ) -> tuple[str, list[int], list[tuple[list[int], bool]]] | None:
     """Text and ids of the prompt and ids of the answers; None for a row that was rejected into ``out``."""
 
@@ -264,7 +288,7 @@ def _encode(
         reject("empty_prompt", "the prompt has no tokens")
     elif any(ids == [encoder.end] for ids, _ in answers):
         reject("empty_answer", "an answer has no tokens before its end")
-    elif len(answers) == 2 and answers[0] == answers[1]:
+    elif differ and answers[0] == answers[1]:
         reject("same_answers", f"chosen and rejected are the same {len(answers[0][0])} tokens")
     else:
         out.cut_prompts += long

@@ -10,6 +10,9 @@ hh         ``chosen``, ``rejected``: whole dialogues "\\n\\nHuman: ...\\n\\nAssi
 sharegpt   ``conversations``, ``chosen``, ``rejected`` made of ``{"from", "value"}``, optional ``system``
 prompts    ``prompt``, or ``messages`` that end with a user turn
 messages   ``messages`` that end with an assistant turn, or ``prompt`` and ``completion`` / ``response``
+scored     ``prompt``, ``completion`` / ``response`` and ``label`` (true: desirable), or ``prompt``, a list of
+           ``answers`` / ``completions`` / ``responses`` and as many numbers in ``scores``. An answer is a
+           string, an assistant message or a whole conversation.
 ========== ======================================================================================
 
 A field that is null counts as missing. Messages keep their role and content and nothing else.
@@ -17,8 +20,8 @@ A field that is null counts as missing. Messages keep their role and content and
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 from typing import Any, Literal
 
 Prompt = str | list[dict[str, str]]  # a list is a chat; a string is plain text, used as it is without a template
@@ -33,12 +36,15 @@ Reason = Literal[
     "empty_answer",
     "same_answers",
     "prompts_differ",
+    "no_answers",
+    "lengths_differ",
     "over_long",
 ]
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _HH_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 _COMPLETIONS = ("completion", "response")
+_ANSWERS = ("answers", "completions", "responses")
 
 
 class BadRow(Exception):
@@ -61,6 +67,11 @@ def has_prompt(record: Record) -> bool:
 def has_answer(record: Record) -> bool:
     completed = _has(record, "prompt") and any(_has(record, key) for key in _COMPLETIONS)
     return has_pair(record) or completed or _has(record, "messages") or _has(record, "conversations")
+
+
+def has_scored(record: Record) -> bool:
+    labelled = any(_has(record, key) for key in _COMPLETIONS) and _has(record, "label")
+    return labelled or (any(_has(record, key) for key in _ANSWERS) and _has(record, "scores"))
 
 
 def pair(record: Record, layout: str | None = None) -> tuple[Prompt, str, str, float]:
@@ -100,6 +111,31 @@ def answer_of(record: Record) -> tuple[Prompt, str]:
         prompt = _checked(given)
     _not_empty(answer, "the answer")
     return prompt, answer
+
+
+def scored_of(record: Record) -> tuple[Prompt, list[str], list[float]]:
+    """A prompt, its answers and as many scores; a label counts as 1 or 0. Raises :class:`BadRow`."""
+    key = next((key for key in _ANSWERS if _has(record, key)), None)
+    if key is None:
+        key = next((key for key in _COMPLETIONS if _has(record, key)), _COMPLETIONS[0])
+        values, scores = [_field(record, key)], [_label(record)]
+        names = [key]
+    else:
+        values, numbers = _list(record, key), _list(record, "scores")
+        if not values:
+            raise BadRow("no_answers", f"{key} is an empty list")
+        if len(values) != len(numbers):
+            raise BadRow("lengths_differ", f"{len(values)} {key} and {len(numbers)} scores")
+        names = [f"number {count} of {key}" for count in range(1, len(values) + 1)]
+        scores = [_number(number, f"number {count} of scores") for count, number in enumerate(numbers, 1)]
+    given = _prompt(record) if _has(record, "prompt") else None
+    parts = [_continue(given, value, name) for value, name in zip(values, names, strict=True)]
+    prompt = _checked(parts[0][0])
+    if any(other != parts[0][0] for other, _ in parts):
+        raise BadRow("prompts_differ", f"the conversations in {key} do not share everything but the last answer")
+    for (_, answer), name in zip(parts, names, strict=True):
+        _not_empty(answer, name)
+    return prompt, [answer for _, answer in parts], scores
 
 
 def _split_pair(record: Record, layout: str | None) -> tuple[Prompt, str, str]:
@@ -214,17 +250,32 @@ def _system(record: Record) -> list[dict[str, str]]:
 
 
 def _margin(record: Record) -> float:
-    def number(key: str) -> float:
-        value = record[key]
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise BadRow("wrong_type", f"{key} is {_kind(value)}, not a finite number")
-        return float(value)
-
     if _has(record, "margin"):
-        return number("margin")
+        return _number(record["margin"], "margin")
     if _has(record, "score_chosen") and _has(record, "score_rejected"):
-        return number("score_chosen") - number("score_rejected")
+        return _number(record["score_chosen"], "score_chosen") - _number(record["score_rejected"], "score_rejected")
     return 0.0
+
+
+def _label(record: Record) -> float:
+    value = _field(record, "label")
+    if not isinstance(value, bool | int) or value not in (0, 1):
+        raise BadRow("wrong_type", f"label is {_kind(value)}, not true or false")
+    return float(value)
+
+
+def _number(value: Any, where: str) -> float:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (number and abs(value) <= sys.float_info.max):  # false for NaN too
+        raise BadRow("wrong_type", f"{where} is {_kind(value)}, not a finite number")
+    return float(value)
+
+
+def _list(record: Record, key: str) -> list[Any]:
+    value = _field(record, key)
+    if not isinstance(value, list):
+        raise BadRow("wrong_type", f"{key} is {_kind(value)}, not a list")
+    return value
 
 
 def _has(record: Record, key: str) -> bool:

@@ -11,12 +11,14 @@ from rto.data.chat import (
     Encoder,
     PairRow,
     PromptRow,
+    ScoredRow,
     encode_answers,
     encode_pairs,
     encode_prompts,
+    encode_scored,
     load_template,
 )
-from rto.data.sources import Loaded, RejectedRow, read_answers, read_pairs, read_prompts, split_rows
+from rto.data.sources import Loaded, RejectedRow, read_answers, read_pairs, read_prompts, read_scored, split_rows
 from rto.data.worlds import world_rows, world_tokenizer
 
 if TYPE_CHECKING:
@@ -28,8 +30,8 @@ Row = TypeVar("Row")
 
 @dataclass(frozen=True)
 class Rows:
-    """``pairs`` and ``answers`` train, ``prompts`` are for RL; ``test_*`` only the evaluation sees, ``oracle_pairs``
-    only the held-out oracle."""
+    """``pairs``, ``answers`` and ``scored`` (empty unless ``data.scored`` is set) train, ``prompts`` are for RL;
+    ``test_*`` only the evaluation sees, ``oracle_pairs`` only the held-out oracle."""
 
     encoder: Encoder
     answers: list[AnswerRow]
@@ -38,6 +40,7 @@ class Rows:
     test_pairs: list[PairRow]
     test_prompts: list[PromptRow]
     oracle_pairs: list[PairRow] = field(default_factory=list)
+    scored: list[ScoredRow] = field(default_factory=list)
     rejected: list[RejectedRow] = field(default_factory=list)
     notes: dict[str, int] = field(default_factory=dict)  # rows and truncations, for people
 
@@ -108,6 +111,11 @@ def _files(data: recipe.Files, encoder: Encoder, seed: int) -> Rows:
         asked = encode_prompts(encoder, read_prompts(data))
         prompts = _some("prompts", data.prompts, [row for row in asked.rows if row.text not in held_out])
         rejected += asked.rejected
+    scored: list[ScoredRow] = []
+    if data.scored is not None:
+        given = encode_scored(encoder, read_scored(data))
+        scored = _some("scored", data.scored, [row for row in given.rows if row.prompt_text not in held_out])
+        rejected += given.rejected
     return Rows(
         encoder,
         answers,
@@ -116,9 +124,29 @@ def _files(data: recipe.Files, encoder: Encoder, seed: int) -> Rows:
         chosen["test"],
         _prompts(chosen["test"]),
         chosen["oracle"],
+        scored,
         rejected,
         notes,
     )
+
+
+def scored_from_pairs(pairs: list[PairRow]) -> list[ScoredRow]:
+    """Each pair as two answers with the scores 1 (chosen) and 0 (rejected).
+
+    The margin is left out: it may be 0 (unknown) or small, and a loss that parts the desirable answers from the
+    others by a fixed score would then take chosen answers for rejected ones.
+    """
+    return [
+        ScoredRow(
+            pair.row,
+            pair.prompt_text,
+            pair.prompt,
+            [pair.chosen, pair.rejected],
+            [pair.chosen_finished, pair.rejected_finished],
+            [1.0, 0.0],
+        )
+        for pair in pairs
+    ]
 
 
 def _some(key: str, file: str, rows: list[Row]) -> list[Row]:

@@ -22,6 +22,7 @@ _PAIRS = "trl and hh (chosen, rejected), sharegpt (conversations, chosen, reject
 _KNOWN = {  # what a file of each kind may look like, for the message when it does not
     "pairs": _PAIRS,
     "prompts": f"prompts (prompt or messages), or a layout of pairs: {_PAIRS}",
+    "scored": "scored (prompt with completion and label, or prompt with answers and scores)",
     "sft": f"messages (messages, or prompt with completion or response), or a layout of pairs: {_PAIRS}",
 }
 
@@ -48,6 +49,16 @@ class TextAnswer:
     row: int
     prompt: Prompt
     answer: str
+
+
+@dataclass(frozen=True)
+class TextScored:
+    """Answers to one prompt and as many scores, the higher the better; of a labelled answer 1 or 0."""
+
+    row: int
+    prompt: Prompt
+    answers: list[str]
+    scores: list[float]
 
 
 @dataclass(frozen=True)
@@ -113,6 +124,17 @@ def read_answers(config: Files) -> Loaded[TextAnswer]:
         return Loaded(pairs.file, [TextAnswer(p.row, p.prompt, p.chosen) for p in pairs.rows], pairs.rejected)
     recognised = None if config.layout == "messages" else layouts.has_answer
     return _read(config, "sft", config.sft, lambda row, record: TextAnswer(row, *layouts.answer_of(record)), recognised)
+
+
+def read_scored(config: Files) -> Loaded[TextScored]:
+    """The scored answers of ``config.scored``. Raises as :func:`read_pairs`."""
+    if config.scored is None:
+        raise ValueError("data.scored is missing: name a file or a data set, for example --data.scored scored.jsonl")
+
+    def make(row: int, record: Record) -> TextScored:
+        return TextScored(row, *layouts.scored_of(record))
+
+    return _read(config, "scored", config.scored, make, layouts.has_scored)
 
 
 def write_rejected(path: str | Path, rejected: Iterable[RejectedRow]) -> None:

@@ -15,12 +15,13 @@ from rto.data.chat import Encoder, PromptRow
 from rto.data.collate import collate_prompts
 from rto.evaluation.credit import credit_report
 from rto.evaluation.winrate import compare, without_nan
-from rto.models.checkpoint import ScorerNotes
 from rto.models.role import Role
 from rto.models.runtime import Runtime
 from rto.numerics import masked_sum
+from rto.rewards.kl import Estimator
 from rto.rollouts.generate import generate
 from rto.rollouts.score import sentence_scores, token_logprobs
+from rto.rollouts.signals import tokens_of
 
 Oracle = Callable[[Sequence[PromptRow], Completions], list[float]]  # a prompt for each answer
 Truth = Callable[[str, list[str], bool], list[float]]  # prompt, tokens, finished -> true reward of each token
@@ -143,48 +144,25 @@ def kl_to_reference(role: Role, reference: Role, answers: Answers, budget: int) 
     return masked_sum(ours - token_logprobs(reference, answers.completions, budget), answers.completions.mask).tolist()
 
 
-def signals_of(
-    completions: Completions,
-    policy: Role,
-    reference: Role,
-    guide: Role | None,
-    scorer: Role | None,
-    notes: ScorerNotes | None,
-    budget: int,
-) -> Signals:
-    """What reward terms read, for answers that are already there."""
-    frozen = token_logprobs(reference, completions, budget)
-    scores = None
-    if scorer is not None:
-        scores = sentence_scores(scorer, completions, budget)
-        scores = scores if notes is None else (scores - notes.mean) / notes.std
-    return Signals(
-        completions.mask,
-        completions.finished,
-        frozen if policy is reference else token_logprobs(policy, completions, budget),
-        frozen,
-        guide=None if guide is None else token_logprobs(guide, completions, budget),
-        scores=scores,
-    )
-
-
 def credit_views(
     policy: str,
     prompts: Sequence[PromptRow],
     completions: Completions,
     signals: Signals,
     terms: list[Spec],
-    kl_coef: float,
+    kl: tuple[float, Estimator],
     encoder: Encoder,
     truth: Truth | None,
 ) -> list[dict[str, Any]]:
-    """Answers token by token: each term, the total, and the true reward where it is known."""
-    total, parts = rewards.total(terms, signals, kl_coef)
+    """Answers token by token: each term, the total, and the true reward where it is known. ``kl``: coefficient and
+    estimator of the penalty."""
+    total, parts = rewards.total(terms, signals, *kl)
     views = []
     for i in range(len(completions)):
         mask = completions.mask[i]
         tokens = tokens_of(encoder, completions, i)
         shown = {**parts, "total": total} if len(parts) > 1 else parts
+        ends = signals.segment_ends
         views.append(
             {
                 "policy": policy,
@@ -192,13 +170,14 @@ def credit_views(
                 "tokens": tokens,
                 "terms": {name: part[i][mask].tolist() for name, part in shown.items()},
                 "truth": truth(prompts[i].text, tokens, bool(completions.finished[i])) if truth else None,
+                "segment_ends": ends[i][mask].tolist() if ends is not None else None,
             }
         )
     return views
 
 
-def credit_table(
-    methods: dict[str, list[Spec]],
+def credit_of(
+    terms: list[Spec],
     prompts: Sequence[PromptRow],
     completions: Completions,
     signals: Signals,
@@ -206,24 +185,22 @@ def credit_table(
     truth: Truth,
     seed: int,
 ) -> dict[str, Any]:
-    """How well each method's token rewards (without the KL penalty) find the true ones, on the same answers."""
+    """How well the terms' token rewards (without the KL penalty) find the true ones."""
     true = np.zeros(completions.ids.shape)
     for i, row in enumerate(prompts):
         tokens = tokens_of(encoder, completions, i)
         true[i, : len(tokens)] = truth(row.text, tokens, bool(completions.finished[i]))
-    table = {}
-    for name, terms in methods.items():
-        total, _ = rewards.total(terms, signals, 0.0)
-        found = credit_report(total.numpy(), true, completions.mask.numpy(), seed=seed)
-        table[name] = {
-            "auc": found["auc"]["estimate"],
-            "auc_low": found["auc"]["low"],
-            "auc_high": found["auc"]["high"],
-            "spearman": found["spearman"]["estimate"],
-            "within": found["spearman_within"]["estimate"],
-            "n": found["tokens"],
-        }
-    return without_nan(table)
+    total, _ = rewards.total(terms, signals, 0.0)
+    found = credit_report(total.numpy(), true, completions.mask.numpy(), seed=seed)
+    measured = {
+        "auc": found["auc"]["estimate"],
+        "auc_low": found["auc"]["low"],
+        "auc_high": found["auc"]["high"],
+        "spearman": found["spearman"]["estimate"],
+        "within": found["spearman_within"]["estimate"],
+        "n": found["tokens"],
+    }
+    return without_nan(measured)
 
 
 def judge_by(scorer: Role, budget: int) -> Oracle:
@@ -241,9 +218,3 @@ def judge_by_truth(truth: Truth, encoder: Encoder) -> Oracle:
         ]
 
     return score
-
-
-def tokens_of(encoder: Encoder, completions: Completions, row: int) -> list[str]:
-    """The text of each response token, special ones included."""
-    ids = completions.ids[row][completions.mask[row]].tolist()
-    return [str(encoder.tokenizer.decode([token])) for token in ids]

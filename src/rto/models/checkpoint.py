@@ -8,6 +8,7 @@ standard deviation that normalise its scores, and its accuracy.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -28,12 +29,16 @@ _HEAD = f"{_PREFIX}score.weight"
 
 @dataclass(frozen=True)
 class ScorerNotes:
-    """(score - mean) / std makes scores of the evaluation pairs zero-mean and unit-variance (std unbiased)."""
+    """(score - mean) / std makes scores of the evaluation pairs zero-mean and unit-variance (std unbiased).
+
+    ``cutoff`` is the entropy at which its training cut segments; None: it was read at the last token.
+    """
 
     mean: float
     std: float
     accuracy: float
     pairs: int
+    cutoff: float | None = None
 
 
 def save_role(role: Role, folder: Path, tokenizer: PreTrainedTokenizerBase, pad: int) -> None:
@@ -130,3 +135,21 @@ def read_notes(folder: str | Path) -> ScorerNotes:
             "or set reward.normalize = false"
         )
     return ScorerNotes(**json.loads(path.read_text()))
+
+
+def fingerprint(folder: str | Path) -> str:
+    """SHA-256 over a folder's safetensors files: the identity of a model.
+
+    Raises:
+        ValueError: there are none.
+    """
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{folder}: no *.safetensors file to take a fingerprint of; give a folder, not a hub name")
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode())
+        with file.open("rb") as opened:
+            while block := opened.read(2**22):
+                digest.update(block)
+    return digest.hexdigest()

@@ -183,15 +183,20 @@ def without_dropout(network: PreTrainedModel) -> PreTrainedModel:
     return network.eval()
 
 
+def has_vocabulary(ours: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Whether two tokenizers know the same tokens under the same ids."""
+    return ours.get_vocab() == other.get_vocab()
+
+
 def same_vocabulary(ours: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, role: str, name: str) -> None:
     """Refuse a model whose tokenizer differs from the policy's.
 
     Raises:
         ValueError: naming the first difference and the remedy.
     """
-    mine, theirs = ours.get_vocab(), other.get_vocab()
-    if mine == theirs:
+    if has_vocabulary(ours, other):
         return
+    mine, theirs = ours.get_vocab(), other.get_vocab()
     word = next(iter(sorted(mine.items() ^ theirs.items(), key=lambda item: item[1])))
     raise ValueError(
         f"the {role} {name} has another vocabulary than the policy ({len(theirs)} tokens against {len(mine)}; "

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rto.batch import Completions
 from rto.config import Lora
-from rto.numerics import predicting, token_logprobs
+from rto.numerics import predicting, token_kl, token_logprobs
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
@@ -217,6 +217,26 @@ class Role:
         """Log-prob of each response token and entropy of its distribution (nats, detached)."""
         states = predicting(self.hidden(completions), completions.ids.shape[1])
         return token_logprobs(states, completions.ids, completions.mask, self.backbone.project, temperature)
+
+    def logprobs_and_kl(
+        self, completions: Completions, reference: Role, reference_states: Float[Tensor, "B T H"]
+    ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
+        """Log-prob of each response token, and KL(reference || this role) of its distribution, from one pass.
+
+        ``reference_states`` are the reference's that predict the response tokens, without gradient. They are given,
+        not made here, so that the reference's pass comes first, while no activations of this role are held.
+        """
+        states = predicting(self.hidden(completions), completions.ids.shape[1])
+        logprobs, _ = token_logprobs(states, completions.ids, completions.mask, self._project)
+        return logprobs, token_kl(states, reference_states, completions.mask, self._project, reference._project)
+
+    def _project(self, states: Float[Tensor, "N H"]) -> Float[Tensor, "N V"]:
+        """States to logits as this role sees them, whichever role's turn it is."""
+        shared = self.backbone
+        if not any(layer is shared.network.get_output_embeddings() for layer in shared._layers):
+            return shared.project(states)  # all roles share the output layer, unless adapters target it
+        with shared._acting(self.adapter):
+            return shared.project(states)
 
     def values(self, completions: Completions) -> Float[Tensor, "B T"]:
         """The head *before* each response token: the value of the state in which the token is chosen."""

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from rto import config as recipe
 from rto import rewards
@@ -16,15 +16,18 @@ from rto.config import Config, Evaluation
 from rto.data.chat import encode_prompts
 from rto.data.sources import Loaded, TextPrompt, read_prompts
 from rto.evaluation.policies import answer
-from rto.pipeline import contest, training
+from rto.pipeline import contest, normalise, training
 from rto.pipeline.job import Job, Step
 from rto.pipeline.resolve import resolve, terms_of
 from rto.recipe import explain, nearest
 from rto.report.html import write_report
+from rto.rollouts.search import Score, Search, beam_search
 
 
-def run(config: Config, stages: Sequence[str] | None = None, quiet: bool = False) -> Path:
+def run(config: Config, stages: Sequence[str] | None = None, quiet: bool = False, fit_normaliser: bool = False) -> Path:
     """Run the stages of a recipe, or only ``stages``. Returns the run folder.
+
+    The normaliser of a segment scorer is fitted where a policy reads it; ``fit_normaliser``: of every segment scorer.
 
     Raises:
         ValueError: the recipe or the data are refused, or the folder holds the run of another recipe.
@@ -39,7 +42,7 @@ def run(config: Config, stages: Sequence[str] | None = None, quiet: bool = False
         raise ValueError(f"{job.folder}: there is no run to report: do `rto run` first, or name its --output")
     job.start(steps_of(config, config.stages + [stage for stage in wanted if stage not in config.stages]))
     with job.progress:
-        for step in steps_of(config, wanted):
+        for step in steps_of(config, wanted, fit_normaliser):
             job.do(step)
         if "report" in wanted and job.runtime.main:
             write_report(job.folder)
@@ -47,8 +50,24 @@ def run(config: Config, stages: Sequence[str] | None = None, quiet: bool = False
     return job.folder
 
 
-def steps_of(config: Config, stages: Sequence[str]) -> list[Step]:
-    """What is to be done, with everything that each step is made from."""
+def segment_scorers(config: Config) -> list[str]:
+    """The stages of the scorers whose segments a policy of the recipe reads, normalised."""
+    found = []
+    for policy in config.policies().values():
+        stage = training.scorer_stage(policy)
+        settings = config.rewards()[stage]
+        read = "segments" in rewards.needs(terms_of(policy)) and settings.normalize
+        if read and settings.cutoff is not None and stage not in found:
+            found.append(stage)
+    return found
+
+
+def _dumped(section: BaseModel) -> dict[str, Any]:
+    return section.model_dump(mode="json")
+
+
+def steps_of(config: Config, stages: Sequence[str], fit_normaliser: bool = False) -> list[Step]:
+    """What is to be done, with everything that each step is made from. ``fit_normaliser``: see :func:`run`."""
     dumped = json.loads(config.model_dump_json())
 
     def inputs(*sections: str, **more: Any) -> dict[str, Any]:
@@ -60,21 +79,42 @@ def steps_of(config: Config, stages: Sequence[str]) -> list[Step]:
     steps = []
     if "sft" in stages:
         steps.append(Step("sft", inputs("sft"), training.sft))
-    if "prefer" in stages and config.prefer.checkpoint is None:
-        steps.append(Step("prefer", inputs("sft", "prefer"), training.prefer))
-    if "reward" in stages and config.reward.checkpoint is None:
-        steps.append(Step("reward", inputs("sft", "reward"), training.reward))
+    guides, scorers = config.preferences(), config.rewards()
+    if "prefer" in stages:
+        for stage, guide in guides.items():
+            if guide.checkpoint is None:
+                made_from = inputs("sft", prefer=_dumped(guide))
+                steps.append(Step(stage, made_from, partial(training.prefer, stage=stage, settings=guide)))
+    if "reward" in stages:
+        for stage, scorer in scorers.items():
+            if scorer.checkpoint is None:
+                made_from = inputs("sft", reward=_dumped(scorer))
+                steps.append(Step(stage, made_from, partial(training.scorer, stage=stage, settings=scorer)))
+    if "reward" in stages:
+        wanted = segment_scorers(config)
+        if fit_normaliser:
+            wanted = [stage for stage, scorer in scorers.items() if scorer.cutoff is not None]
+            if not wanted:
+                raise ValueError(
+                    "--fit-normaliser is for segment scorers: set reward.cutoff (0: tokens), or add one to [scorers]"
+                )
+        for stage in wanted:
+            made_from = inputs("sft", reward=_dumped(scorers[stage]))
+            work = partial(normalise.fit_normaliser, stage=stage, settings=scorers[stage])
+            steps.append(Step(f"{stage}/normaliser", made_from, work))
     if "rl" in stages:
         for name, policy in config.policies().items():
             terms = terms_of(policy)
-            read = ["sft", "reward"] + ["prefer"] * ("guide" in rewards.needs(terms))
-            made_from = inputs(*read, policy=policy.model_dump(mode="json"), terms=terms)
+            made_from = inputs("sft", reward=_dumped(scorers[training.scorer_stage(policy)]))
+            if "guide" in rewards.needs(terms):
+                made_from["prefer"] = _dumped(guides[training.guide_stage(policy)])
+            made_from |= {"policy": _dumped(policy), "terms": terms}
             work = partial(training.rl, name=name, policy=policy, terms=terms)
             steps.append(Step(f"rl/{name}", json.loads(json.dumps(made_from)), work))
     if "evaluate" in stages:
         if isinstance(config.evaluation.oracle, recipe.HeldoutOracle):
             steps.append(Step("oracle", inputs("sft", "reward"), training.oracle))
-        whole = inputs("sft", "prefer", "reward", "policy", "baselines", "evaluation")
+        whole = inputs("sft", "prefer", "reward", "guides", "scorers", "policy", "baselines", "evaluation")
         steps.append(Step("evaluate", whole, contest.evaluate, redo=True))
     return steps
 
@@ -116,19 +156,32 @@ def generate(
     prompts: Sequence[str] | None = None,
     file: str | None = None,
     limit: int | None = None,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    seed: int = 0,
+    search: Search = "sample",
+    temperature: float | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    beams: int | None = None,
+    score: Score | None = None,
+    length_norm: bool = False,
 ) -> list[dict[str, Any]]:
     """Answers of one policy of a run: to ``prompts``, to the prompts of a file, or to the held-out ones.
 
     ``policy`` is "sft", the guide's loss ("dpo"), or a policy of the recipe (default: its method).
+    Sampling takes ``temperature`` 1, ``top_p`` 1 and ``seed`` 0 where they are None. A beam search takes 5 ``beams``
+    and the ``score`` "policy"; the reference of "implicit" is the run's. Its rows tell their ``search_score`` (nats).
 
     Raises:
-        ValueError: the run has no such policy, or the file is refused.
+        ValueError: the run has no such policy, the file is refused, or options do not go together.
     """
+    drawn = {"temperature": temperature, "top_p": top_p, "seed": seed}
+    sought = {"beams": beams, "score": score, "length_norm": length_norm or None}
+    _check_search(search, {"sample": drawn, "beams": sought})
+    if policy == "sft" and score == "implicit":
+        raise ValueError("score = 'implicit' is 0 for every answer of sft, the reference itself: name another policy")
     try:
-        settings = Evaluation(temperature=temperature, top_p=top_p)
+        settings = Evaluation(
+            temperature=1.0 if temperature is None else temperature, top_p=1.0 if top_p is None else top_p
+        )
     except ValidationError as error:
         raise ValueError("; ".join(explain(error, Evaluation))) from None
     if limit is not None and limit < 1:
@@ -151,11 +204,42 @@ def generate(
     else:
         asked = job.rows.test_prompts
     asked = asked[:limit]
-    made = answer(role, asked, settings, encoder, seed, config.policy.reading_tokens, job.runtime)
+    if search == "beams":
+        found, scores = beam_search(
+            role,
+            [row.ids for row in asked],
+            beams=5 if beams is None else beams,
+            score=score or "policy",
+            reference=shop.reference() if score == "implicit" else None,
+            length_norm=length_norm,
+            limit=encoder.max_response,
+            end=encoder.end,
+            pad=encoder.pad,
+            budget=config.policy.reading_tokens,
+        )
+        said = [encoder.decode(ids[mask].tolist()) for ids, mask in zip(found.ids, found.mask, strict=True)]
+        notes: list[dict[str, Any]] = [{"search": "beams", "search_score": value} for value in scores.tolist()]
+    else:
+        made = answer(role, asked, settings, encoder, seed or 0, config.policy.reading_tokens, job.runtime)
+        found, said = made.completions, made.texts
+        notes = [{} for _ in asked]
     return [
-        {"prompt": row.text, "answer": text, "finished": done, "policy": name}
-        for row, text, done in zip(asked, made.texts, made.completions.finished.tolist(), strict=True)
+        {"prompt": row.text, "answer": text, "finished": done, "policy": name, **note}
+        for row, text, done, note in zip(asked, said, found.finished.tolist(), notes, strict=True)
     ]
+
+
+def _check_search(search: str, options: dict[str, dict[str, Any]]) -> None:
+    """Refuse an unknown way to find an answer, and options (None: not given) of another one."""
+    if search not in options:
+        raise ValueError(f"search = {search!r} is unknown{nearest(search, options)}; known: {', '.join(options)}")
+    for way, given in options.items():
+        for key, value in given.items():
+            if way != search and value is not None:
+                raise ValueError(f"{key} goes with search = {way!r} (given: search = {search!r})")
+    beams = options["beams"]["beams"]
+    if beams is not None and beams < 1:
+        raise ValueError(f"beams: at least 1 (given: {beams})")
 
 
 __all__ = ["evaluate", "generate", "prefer", "report", "resolve", "reward", "rl", "run", "sft", "steps_of", "terms_of"]

@@ -7,16 +7,21 @@ from collections.abc import Sequence
 from typing import Any
 
 from rto import config as recipe
+from rto.batch import Completions, Signals
 from rto.data.chat import PromptRow
 from rto.data.worlds import token_rewards
 from rto.evaluation import policies as contest
 from rto.models.checkpoint import read_notes
 from rto.models.load import load_tokenizer, same_vocabulary
+from rto.models.role import Role
 from rto.models.workshop import Workshop
 from rto.pipeline.job import Job, write_json
-from rto.pipeline.resolve import terms_of
-from rto.pipeline.training import readers
+from rto.pipeline.resolve import guide_names, term_functions, terms_of
+from rto.pipeline.training import make_reader
+from rto.recipe import complete
 from rto.report.log import read_metrics
+from rto.rollouts.score import token_logprobs
+from rto.rollouts.signals import EXTERNAL, Reader
 
 SHOWN = 4  # answers of each policy whose credit the report shows
 
@@ -30,39 +35,80 @@ def evaluate(job: Job) -> str:
     truth = token_rewards if isinstance(config.data, recipe.World) else None
     reference = shop.reference()
     judge, description = _judge(job, shop, truth)
-    trained = {name: policy for name, policy in config.policies().items() if f"rl/{name}" in job.finished()}
-    terms = {name: terms_of(policy) for name, policy in trained.items()}
-    guide, scorer, notes = readers(job, shop, [term for listed in terms.values() for term in listed])
 
-    places = {"sft": None} | _guide(job) | {name: job.path(f"rl/{name}") for name in trained}
+    places = contestants(job)
     answers: dict[str, contest.Answers] = {}
-    scores, kls, views = {}, {}, []
+    scores, kls = {}, {}
+    views: list[dict[str, Any]] = []
+    table: dict[str, Any] = {}
     job.progress.start("evaluate", len(places))
     for number, (name, place) in enumerate(places.items(), 1):
         role = reference if place is None else shop.open_policy(place, f"policy{number}")
         answers[name] = contest.answer(role, prompts, settings, rows.encoder, config.seed, budget, job.runtime)
         scores[name] = judge(asked, answers[name].completions)
         kls[name] = contest.kl_to_reference(role, reference, answers[name], budget)
-        if name in trained:
-            step = settings.samples
-            few = answers[name].completions.rows(slice(0, SHOWN * step, step))
-            signals = contest.signals_of(few, role, reference, guide, scorer, notes, budget)
-            coef = trained[name].kl.coef
-            views += contest.credit_views(name, prompts, few, signals, terms[name], coef, rows.encoder, truth)
+        credit = _credit(job, name, role, reference, prompts, answers, truth)
+        views += credit[0]
+        table |= credit[1]
         job.progress.update(number, {"score": sum(scores[name]) / len(scores[name])})
 
     views.sort(key=lambda view: view["policy"] != config.policy.method)  # the run's own method first
     found = contest.compare_policies(answers, scores, kls, prompts, settings, config.seed)
-    table = None
-    if truth is not None:
-        sample = answers["sft"].completions
-        signals = contest.signals_of(sample, reference, reference, guide, scorer, notes, budget)
-        table = contest.credit_table(terms, asked, sample, signals, rows.encoder, truth, config.seed)
     if job.runtime.main:
         _write_answers(job, asked, answers, scores)
         write_json(job.folder / "evaluation.json", found | {"oracle": description, "accuracy": _accuracies(job)})
-        write_json(job.folder / "credit.json", {"methods": table, "answers": views})
+        write_json(job.folder / "credit.json", {"methods": table if truth is not None else None, "answers": views})
     return "evaluation"
+
+
+def contestants(job: Job) -> dict[str, str | None]:
+    """Every finished policy by name, with its folder: sft (None), the guides, then RL's."""
+    config, done = job.config, job.finished()
+    places: dict[str, str | None] = {"sft": None}
+    for name, stage in guide_names(config).items():
+        if stage in done or config.preferences()[stage].checkpoint is not None:
+            places[name] = job.path(stage)
+    return places | {name: job.path(f"rl/{name}") for name in config.policies() if f"rl/{name}" in done}
+
+
+def _credit(
+    job: Job,
+    name: str,
+    role: Role,
+    reference: Role,
+    prompts: Sequence[PromptRow],
+    answers: dict[str, contest.Answers],
+    truth: contest.Truth | None,
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Where a policy's rewards put credit: on some of its own answers, and, against the truth, on the reference's
+    first answer to each prompt. A guide's credit is its log-ratio to the reference."""
+    config, encoder, step = job.config, job.rows.encoder, job.config.evaluation.samples
+    policy = config.policies().get(name)
+    if policy is None:
+        if truth is None or role is reference:
+            return [], {}
+        terms = [complete({"type": "implicit", "scale": 1.0, "clip": None}, term_functions(), name)]
+        reader = Reader(terms, reference, encoder, config.policy.reading_tokens, guide=role)
+        policy, few = config.policy, None
+    else:
+        terms = terms_of(policy)
+        reader = make_reader(job, job.workshop(), policy, terms)
+        few = answers[name].completions.rows(slice(0, SHOWN * step, step))
+    views, table = [], {}
+    if few is not None:
+        signals = _signals(reader, few, role, prompts[:SHOWN])
+        kl = (policy.kl.coef, policy.kl.estimator)
+        views = contest.credit_views(name, prompts, few, signals, terms, kl, encoder, truth)
+    if truth is not None:
+        sample = answers["sft"].completions.rows(slice(0, None, step))
+        signals = _signals(reader, sample, reader.reference, prompts)
+        table[name] = contest.credit_of(terms, prompts, sample, signals, encoder, truth, config.seed)
+    return views, table
+
+
+def _signals(reader: Reader, completions: Completions, policy: Role, prompts: Sequence[PromptRow]) -> Signals:
+    parts = reader.read(completions, token_logprobs(policy, completions, reader.budget), policy, prompts)
+    return Signals(**{name: part.nan_to_num() if name in EXTERNAL else part for name, part in parts.items()})
 
 
 def _judge(job: Job, shop: Workshop, truth: contest.Truth | None) -> tuple[contest.Oracle, str]:
@@ -86,17 +132,14 @@ def _judge(job: Job, shop: Workshop, truth: contest.Truth | None) -> tuple[conte
     return contest.judge_by(own.open_scorer(settings.name, "oracle", None, trained=False), budget), settings.name
 
 
-def _guide(job: Job) -> dict[str, str]:
-    """The guide under the name of its loss, where there is one."""
-    if job.config.prefer.checkpoint is None and "prefer" not in job.finished():
-        return {}
-    return {job.config.prefer.loss["type"]: job.path("prefer")}
-
-
 def _accuracies(job: Job) -> dict[str, float | None]:
     """Accuracy of guide, scorer and oracle on the held-out pairs."""
+    config = job.config
+    stages = {"guide": "prefer", "scorer": "reward", "oracle": "oracle"}
+    stages |= {f"guide {name}": f"prefer/{name}" for name in config.guides}
+    stages |= {f"scorer {name}": f"reward/{name}" for name in config.scorers}
     found: dict[str, float | None] = {}
-    for name, stage in (("guide", "prefer"), ("scorer", "reward"), ("oracle", "oracle")):
+    for name, stage in stages.items():
         rows = [row for row in read_metrics(job.folder, stage) if "eval_accuracy" in row]
         found[name] = rows[-1]["eval_accuracy"] if rows else None
     return found
@@ -110,7 +153,7 @@ def _write_answers(
     for name, made in answers.items():
         lines = []
         for i, row in enumerate(asked):
-            shown = {"prompt": row.text, "answer": made.texts[i]}
+            shown: dict[str, Any] = {"prompt": row.text, "answer": made.texts[i]}
             shown |= {"finished": made.completions.finished[i].item(), "score": scores[name][i]}
             # Text does not always encode back to the sampled tokens; the ids let anyone repeat the numbers exactly.
             ids = made.completions.ids[i][made.completions.mask[i]].tolist()

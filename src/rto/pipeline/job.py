@@ -109,8 +109,8 @@ class Job:
         Raises:
             ValueError: it is not finished.
         """
-        checkpoint = {"prefer": self.config.prefer.checkpoint, "reward": self.config.reward.checkpoint}.get(stage)
-        if checkpoint is not None:
+        trained: dict[str, recipe.Trained] = {**self.config.preferences(), **self.config.rewards()}
+        if stage in trained and (checkpoint := trained[stage].checkpoint) is not None:
             return checkpoint
         done = self.finished().get(stage)
         if done is None:

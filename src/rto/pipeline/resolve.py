@@ -8,8 +8,8 @@ from typing import Any
 
 from rto import rewards
 from rto.advantages import ADVANTAGES
-from rto.config import Config, Policy, Section, Spec
-from rto.policy import LOSSES
+from rto.config import Config, Policy, Section, Spec, Trained
+from rto.policy import LOSSES, is_pairwise
 from rto.preferences import PREFERENCE_LOSSES, REWARD_LOSSES
 from rto.recipe import complete, nearest
 
@@ -20,16 +20,20 @@ def resolve(config: Config) -> Config:
     Raises:
         ValueError: naming the key, the nearest valid one and what is known.
     """
-    given = {"prefer.checkpoint": config.prefer.checkpoint, "reward.checkpoint": config.reward.checkpoint}
-    for key, folder in given.items():
+    trained: dict[str, Trained] = {**config.preferences(), **config.rewards()}
+    for stage, section in trained.items():
+        key, folder = f"{_where(stage)}.checkpoint", section.checkpoint
         # One slash alone is a hub name (owner/name); anything else is meant as a path.
         local = folder is not None and (folder.startswith(("/", ".", "~")) or folder.count("/") > 1)
         if folder is not None and local and not Path(folder).is_dir():
             raise ValueError(f"{key} = {folder!r}: no such folder (looked for {Path(folder).absolute()})")
+    guide_names(config)
     for name, policy in reversed(config.policies().items()):  # baselines last: they inherit the mistakes of [policy]
         where = "policy" if name == config.policy.method else f"baselines.{name}"
-        terms_of(policy, where)
+        check_policy(config, policy, terms_of(policy, where), where)
         _completed(policy, where)
+    guides = {name: _trained(config.preferences()[f"prefer/{name}"], "prefer", name) for name in config.guides}
+    scorers = {name: _trained(config.rewards()[f"reward/{name}"], "reward", name) for name in config.scorers}
     return config.model_copy(
         update={
             "prefer": config.prefer.model_copy(
@@ -38,15 +42,79 @@ def resolve(config: Config) -> Config:
             "reward": config.reward.model_copy(
                 update={"loss": _complete(config.reward, "loss", REWARD_LOSSES, "reward")}
             ),
+            "guides": {name: config.guides[name] | {"loss": loss} for name, loss in guides.items()},
+            "scorers": {name: config.scorers[name] | {"loss": loss} for name, loss in scorers.items()},
             "policy": _completed(config.policy),
         }
     )
 
 
+def _where(stage: str) -> str:
+    """The table of the recipe that a stage is told in."""
+    kind, _, name = stage.partition("/")
+    return kind if not name else f"{'guides' if kind == 'prefer' else 'scorers'}.{name}"
+
+
+def _trained(section: Section, kind: str, name: str) -> Spec:
+    table = PREFERENCE_LOSSES if kind == "prefer" else REWARD_LOSSES
+    return _complete(section, "loss", table, _where(f"{kind}/{name}"))
+
+
+def guide_names(config: Config) -> dict[str, str]:
+    """The guides' names in tables, and their stages: that of [prefer] has the name of its loss.
+
+    Raises:
+        ValueError: two policies of the recipe have the same name.
+    """
+    names = {config.prefer.loss.get("type", "dpo"): "prefer"}
+    for name in config.guides:
+        if name in names or name in config.policies() or name == "sft":
+            raise ValueError(f"guides.{name}: another policy of the recipe has this name: give it another")
+        names[name] = f"prefer/{name}"
+    return names
+
+
+def check_policy(config: Config, policy: Policy, terms: list[Spec], where: str) -> None:
+    """Refuse a policy whose parts do not go together, before anything is trained.
+
+    Raises:
+        ValueError: naming the key and the remedy.
+    """
+    for key, chosen, known in (("guide", policy.guide, config.guides), ("scorer", policy.scorer, config.scorers)):
+        if chosen is not None and chosen not in known:
+            there = ", ".join(known) or f"none: add [{key}s.{chosen}]"
+            raise ValueError(f"{where}.{key} = {chosen!r} is not in [{key}s]{nearest(chosen, known)}; known: {there}")
+    kinds = [term["type"] for term in rewards.live(terms)]
+    for kind in ("function", "http", "attention"):
+        if kinds.count(kind) > 1:
+            raise ValueError(f"{where}.rewards has {kinds.count(kind)} {kind} terms: there can be one")
+    stage = "reward" if policy.scorer is None else f"reward/{policy.scorer}"
+    cutoff = config.rewards()[stage].cutoff
+    if policy.method in rewards.CUTOFFS:
+        wanted = rewards.CUTOFFS[policy.method]
+        fits = bool(cutoff) if wanted == "positive" else cutoff == wanted
+        if not fits:
+            said = "a number of nats above 0" if wanted == "positive" else "none" if wanted is None else "0"
+            raise ValueError(
+                f"{where}.method = {policy.method!r} needs a scorer with cutoff = {said}; {_where(stage)}.cutoff is "
+                f"{'none' if cutoff is None else cutoff}: set it, or name another of [scorers] in {where}.scorer"
+            )
+    loss = LOSSES.get(policy.loss.get("type", "ppo"))
+    if loss is not None and is_pairwise(loss):
+        if policy.group != 2:
+            raise ValueError(f"{where}.loss compares two answers to a prompt: set {where}.group = 2")
+        if policy.kl.place == "loss":
+            raise ValueError(f"{where}.loss has the KL inside: set {where}.kl.place = 'reward'")
+    estimator = ADVANTAGES.get(policy.advantage.get("type", "gae"))
+    if estimator is not None and policy.group < estimator.group:
+        named = policy.advantage["type"]
+        raise ValueError(f"{where}.advantage {named} compares answers to the same prompt: set {where}.group = 4, say")
+
+
 def _completed(policy: Policy, where: str = "policy") -> Policy:
     changes = {
         "loss": _complete(policy, "loss", LOSSES, where),
-        "advantage": _complete(policy, "advantage", ADVANTAGES, where),
+        "advantage": _complete(policy, "advantage", {n: e.function for n, e in ADVANTAGES.items()}, where),
     }
     return policy.model_copy(update=changes)
 
@@ -64,5 +132,8 @@ def terms_of(policy: Policy, where: str = "policy") -> list[Spec]:
         hint = nearest(policy.method, rewards.METHODS)
         raise ValueError(f"{where}.method = {policy.method!r} is unknown{hint}; known: {known}")
     listed = rewards.METHODS[policy.method] if policy.rewards is None else policy.rewards
-    functions = {name: term.function for name, term in rewards.TERMS.items()}
-    return [complete(term, functions, f"{where}.rewards[{i}]") for i, term in enumerate(listed)]
+    return [complete(term, term_functions(), f"{where}.rewards[{i}]") for i, term in enumerate(listed)]
+
+
+def term_functions() -> dict[str, Callable[..., Any]]:
+    return {name: term.function for name, term in rewards.TERMS.items()}

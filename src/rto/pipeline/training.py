@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from rto import config as recipe
 from rto import rewards
-from rto.config import Policy, Spec
+from rto.config import Policy, Prefer, Reward, Spec
 from rto.data.chat import PairRow
+from rto.data.rows import scored_from_pairs
 from rto.data.worlds import token_rewards
 from rto.evaluation.policies import judge_by_truth
 from rto.models.checkpoint import ScorerNotes, merged, read_notes, save_notes
-from rto.models.load import load_tokenizer, locate, same_vocabulary, scratch_network
+from rto.models.load import has_vocabulary, load_tokenizer, locate, same_vocabulary, scratch_network
 from rto.models.role import Role
+from rto.models.segment import SegmentScorer
 from rto.models.workshop import Workshop, verify
 from rto.pipeline.job import Job
+from rto.pipeline.normalise import read_normaliser
 from rto.policy import train as rl_loop
 from rto.preferences import PREFERENCE_LOSSES, REWARD_LOSSES
-from rto.preferences.train import PairObjective, SftObjective, fit
+from rto.preferences.cache import ReferenceCache, fingerprint
+from rto.preferences.objectives import PairObjective, SftObjective
+from rto.preferences.rounds import copy_weights, fit_rounds
+from rto.preferences.train import fit, objective_for, reads_groups
+from rto.rollouts.foreign import ForeignScorer
+from rto.rollouts.signals import Reader, Scorer
 
 
 def sft(job: Job) -> str:
@@ -39,43 +48,74 @@ def sft(job: Job) -> str:
     return "sft"
 
 
-def prefer(job: Job) -> str:
-    """Train the guide on pairs."""
-    config, rows, shop = job.config, job.rows, job.workshop()
+def prefer(job: Job, stage: str, settings: Prefer) -> str:
+    """Train a guide on pairs, or on scored answers for a loss that reads them."""
+    rows, shop = job.rows, job.workshop()
     role, reference = shop.new_policy("guide"), shop.reference()
     verify(reference, rows.encoder.end)
-    loss = PREFERENCE_LOSSES[config.prefer.loss["type"]]
-    objective = PairObjective(role, loss, _options(config.prefer.loss), rows.encoder.pad, reference)
-    _fit(job, "prefer", objective, rows.pairs, config.prefer, rows.test_pairs)
-    job.save(role, "prefer")
-    return "prefer"
+    loss = PREFERENCE_LOSSES[settings.loss["type"]]
+    read: Sequence[Any] = rows.pairs
+    held_out: Sequence[Any] = rows.test_pairs
+    if reads_groups(loss):
+        read, held_out = rows.scored or scored_from_pairs(rows.pairs), scored_from_pairs(rows.test_pairs)
+    cache = None
+    if settings.cache_reference:
+        cache = ReferenceCache(job.folder / "reference_cache.safetensors", fingerprint(reference))
+    objective = partial(objective_for, role, loss, _options(settings.loss), rows.encoder.pad)
+    if settings.rounds.count == 1:
+        _fit(job, stage, objective(reference, cache), read, settings, held_out)
+    else:
+        follower = reference if role.adapter is None else shop.new_policy("follower")
+        fit_rounds(
+            stage,
+            role,
+            reference,
+            lambda: follower,
+            objective,
+            read,
+            settings,
+            settings.rounds,
+            seed=job.config.seed,
+            runtime=job.runtime,
+            log=job.log,
+            progress=job.progress,
+            held_out=held_out,
+        )
+    if cache is not None:
+        cache.save(job.runtime)
+    job.save(role, stage)
+    return stage
 
 
-def reward(job: Job) -> str:
-    """Train the scorer on pairs."""
-    return _scorer(job, "reward", job.rows.pairs, job.config.seed)
+def scorer(job: Job, stage: str, settings: Reward) -> str:
+    """Train a scorer on pairs."""
+    return _scorer(job, stage, settings, job.rows.pairs, job.config.seed)
 
 
 def oracle(job: Job) -> str:
-    """Train the held-out oracle: a scorer of its own on pairs that no other stage sees."""
+    """Train the held-out oracle: a sentence scorer of its own on pairs that no other stage sees."""
     if not job.rows.oracle_pairs:
         raise ValueError("evaluation.oracle.type = 'heldout' needs pairs of its own: set data.oracle above 0, say 0.2")
-    return _scorer(job, "oracle", job.rows.oracle_pairs, job.config.seed + 1_000_003)
+    settings = job.config.reward.model_copy(update={"cutoff": None})
+    return _scorer(job, "oracle", settings, job.rows.oracle_pairs, job.config.seed + 1_000_003)
 
 
-def _scorer(job: Job, stage: str, pairs: Sequence[PairRow], seed: int) -> str:
+def _scorer(job: Job, stage: str, settings: Reward, pairs: Sequence[PairRow], seed: int) -> str:
     """Its mean and std over the held-out answers are stored with it."""
-    config, rows = job.config, job.rows
-    role = job.workshop(seed).new_scorer(stage, config.reward.model)
-    loss = REWARD_LOSSES[config.reward.loss["type"]]
-    objective = PairObjective(role, loss, _options(config.reward.loss), rows.encoder.pad)
-    _fit(job, stage, objective, pairs, config.reward, rows.test_pairs, seed)
-    chosen, rejected = objective.scores(rows.test_pairs, config.reward.reading_tokens)
+    rows, shop = job.rows, job.workshop(seed)
+    role = shop.new_scorer(stage.replace("/", "_"), settings.model)
+    if settings.cutoff is not None:
+        role = SegmentScorer(role, shop.reference(), settings.cutoff)
+    loss = REWARD_LOSSES[settings.loss["type"]]
+    objective = PairObjective(role, loss, _options(settings.loss), rows.encoder.pad)
+    _fit(job, stage, objective, pairs, settings, rows.test_pairs, seed)
+    chosen, rejected = objective.scores(rows.test_pairs, settings.reading_tokens)
     scores = torch.cat([chosen, rejected]).double()
     accuracy = ((chosen > rejected).double() + 0.5 * (chosen == rejected)).mean().item()
     job.save(role, stage)
     if job.runtime.main:
-        notes = ScorerNotes(scores.mean().item(), max(scores.std().item(), 1e-8), accuracy, len(rows.test_pairs))
+        std = max(scores.std().item(), 1e-8)
+        notes = ScorerNotes(scores.mean().item(), std, accuracy, len(rows.test_pairs), settings.cutoff)
         save_notes(job.folder / stage, notes)
     return stage
 
@@ -83,41 +123,86 @@ def _scorer(job: Job, stage: str, pairs: Sequence[PairRow], seed: int) -> str:
 def rl(job: Job, name: str, policy: Policy, terms: list[Spec]) -> str:
     """Train one policy on token rewards."""
     config, rows, shop = job.config, job.rows, job.workshop()
-    if policy.critic.init == "scorer":
-        critic = shop.open_scorer(job.path("reward"), "critic", config.reward.model, trained=True)
-    else:
-        critic = shop.new_scorer("critic", None)
-    guide, scorer, notes = readers(job, shop, terms)
-    roles = rl_loop.Roles(shop.new_policy("policy"), shop.reference(), critic, guide, scorer, notes)
-    verify(roles.reference, rows.encoder.end)
+    reader = make_reader(job, shop, policy, terms)
+    verify(reader.reference, rows.encoder.end)
+    learner = shop.new_policy("policy")
+    if policy.kl.ema is not None:
+        reader.moving = shop.new_policy("moving")
+        copy_weights(learner, reader.moving)
     rl_loop.train(
         f"rl/{name}",
-        roles,
+        learner,
+        _critic(job, shop, policy) if rl_loop.reads_values(policy) else None,
+        reader,
         rows.prompts,
         policy,
-        terms,
-        encoder=rows.encoder,
         seed=config.seed,
         runtime=job.runtime,
         log=job.log,
         progress=job.progress,
+        demonstrations=rows.answers,
         oracle=judge_by_truth(token_rewards, rows.encoder) if isinstance(config.data, recipe.World) else None,
     )
-    job.save(roles.policy, f"rl/{name}")
+    job.save(learner, f"rl/{name}")
     return f"rl/{name}"
 
 
-def readers(job: Job, shop: Workshop, terms: list[Spec]) -> tuple[Role | None, Role | None, ScorerNotes | None]:
-    """Guide, scorer and its normaliser, where these terms read them."""
-    needed, config = rewards.needs(terms), job.config
-    guide = shop.open_policy(job.path("prefer"), "guide") if "guide" in needed else None
-    if "scores" not in needed:
-        return guide, None, None
-    folder = job.path("reward")
-    if config.reward.checkpoint is not None:
-        same_vocabulary(job.tokenizer, load_tokenizer(folder), "scorer", folder)
-    scorer = shop.open_scorer(folder, "scorer", config.reward.model, trained=False)
-    return guide, scorer, read_notes(folder) if config.reward.normalize else None
+def _critic(job: Job, shop: Workshop, policy: Policy) -> Role:
+    if policy.critic.init == "reference":
+        return shop.new_scorer("critic", None)
+    stage = scorer_stage(policy)
+    folder = job.path(stage)
+    same_vocabulary(job.tokenizer, load_tokenizer(folder), "critic", folder)
+    return shop.open_scorer(folder, "critic", job.config.rewards()[stage].model, trained=True)
+
+
+def make_reader(job: Job, shop: Workshop, policy: Policy, terms: list[Spec]) -> Reader:
+    """Everything that these terms read."""
+    needed = rewards.needs(terms)
+    guide = shop.open_policy(job.path(guide_stage(policy)), "guide") if "guide" in needed else None
+    attended = any(term["type"] == "attention" and term["reader"] == "scorer" for term in rewards.live(terms))
+    scored = needed & {"scores", "segments"} or attended
+    return Reader(
+        terms,
+        shop.reference(),
+        job.rows.encoder,
+        policy.reading_tokens,
+        temperature=policy.temperature,
+        guide=guide,
+        scorer=open_scorer(job, shop, scorer_stage(policy), "segments" in needed) if scored else None,
+    )
+
+
+def open_scorer(job: Job, shop: Workshop, stage: str, segments: bool) -> Scorer:
+    """A finished scorer with what normalises it: its sentence scores, or with ``segments`` its segments too.
+
+    Raises:
+        ValueError: a checkpoint was trained with another cutoff, or the normaliser is missing or of another scorer.
+    """
+    settings, folder = job.config.rewards()[stage], job.path(stage)
+    notes = read_notes(folder) if settings.normalize else None
+    if notes is not None and notes.cutoff != settings.cutoff:
+        raise ValueError(
+            f"{folder} was trained with cutoff {notes.cutoff}, but {stage.replace('/', '.')}.cutoff is "
+            f"{settings.cutoff}: give the same"
+        )
+    role: Role | ForeignScorer
+    if settings.checkpoint is not None and not has_vocabulary(job.tokenizer, load_tokenizer(folder)):
+        role = ForeignScorer.open(folder, job.rows.encoder, job.runtime, job.config.policy.reading_tokens)
+    else:
+        role = shop.open_scorer(folder, "scorer", settings.model, trained=False)
+    normaliser = None
+    if segments and settings.cutoff is not None and settings.normalize:
+        normaliser = read_normaliser(job, stage, folder)
+    return Scorer(role, settings.cutoff, notes, normaliser)
+
+
+def guide_stage(policy: Policy) -> str:
+    return "prefer" if policy.guide is None else f"prefer/{policy.guide}"
+
+
+def scorer_stage(policy: Policy) -> str:
+    return "reward" if policy.scorer is None else f"reward/{policy.scorer}"
 
 
 def _options(spec: Spec) -> Spec:

@@ -1,26 +1,8 @@
-"""KL estimators, and how the KL coefficient moves."""
+"""How the KL coefficient moves. The estimators are in ``rto.rewards.kl``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from jaxtyping import Float
-from torch import Tensor
-
-
-def k1(difference: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
-    """log pi - log pi_ref: unbiased for KL(pi, pi_ref) on the policy's samples, of either sign (Schulman 2020)."""
-    return difference
-
-
-def k2(difference: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
-    """difference^2 / 2: biased, never negative; its gradient on-policy is that of the KL."""
-    return 0.5 * difference**2
-
-
-def k3(difference: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
-    """exp(-difference) - 1 + difference: unbiased and never negative."""
-    return (-difference).expm1() + difference
 
 
 @dataclass

@@ -14,9 +14,11 @@ def value_loss(
     old: Float[Tensor, "B T"],
     returns: Float[Tensor, "B T"],
     *,
-    clip: float = 0.2,
+    clip: float | None = 0.2,
 ) -> Float[Tensor, "B T"]:
-    """0.5 max((V - R)^2, (V_old + clip(V - V_old, +-clip) - R)^2) a token."""
+    """0.5 max((V - R)^2, (V_old + clip(V - V_old, +-clip) - R)^2) a token; without a clip 0.5 (V - R)^2."""
+    if clip is None:
+        return 0.5 * (values - returns) ** 2
     held = old + (values - old).clamp(-clip, clip)
     return 0.5 * torch.maximum((values - returns) ** 2, (held - returns) ** 2)
 

@@ -6,153 +6,48 @@ for step: rows of the global batch -> this process's share -> micro-batches -> l
 
 from __future__ import annotations
 
-import inspect
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from rto.batch import Completions, Pairs
 from rto.config import Supervised
-from rto.data.chat import AnswerRow, PairRow
-from rto.data.collate import collate_completions, collate_pairs, micro_batches
+from rto.data.collate import micro_batches
 from rto.models.role import Role
 from rto.models.runtime import Runtime
-from rto.numerics import masked_sum, reduce
 from rto.optim import Optimizer
-from rto.preferences.sft import sft
+from rto.preferences.cache import ReferenceCache
+from rto.preferences.groups import GroupObjective
+from rto.preferences.objectives import Objective, PairObjective, Prepared, SftObjective, Sums, reads
 from rto.report.log import RunLog
 from rto.seeds import shuffled
 
 Row = TypeVar("Row")
-Sums = dict[str, float]
 
-# What a loss may name as a positional parameter; all [B].
-READABLE = {
-    "chosen": "summed log-prob of the chosen answer",
-    "rejected": "summed log-prob of the rejected answer",
-    "chosen_reference": "the same under the reference",
-    "rejected_reference": "the same under the reference",
-    "chosen_score": "the scorer at the chosen answer's last token",
-    "rejected_score": "the scorer at the rejected answer's last token",
-    "margin": "how much better the chosen answer is, where the data say so, else 0",
-}
+__all__ = ["Objective", "PairObjective", "SftObjective", "evaluate", "fit", "gradients", "objective_for"]
 
 
-@runtime_checkable
-class Objective(Protocol[Row]):
-    """What a stage minimises."""
-
-    role: Role
-
-    def size(self, row: Row) -> int:
-        """Tokens that the row adds to a forward pass."""
-
-    def weight(self, row: Row) -> int:
-        """What the row adds to the denominator of the loss: tokens or rows."""
-
-    def loss(self, rows: list[Row], total: float) -> tuple[Tensor, Sums]:
-        """The rows' share of the loss, and sums over rows of what is worth logging."""
+def objective_for(
+    role: Role,
+    loss: Callable[..., Tensor],
+    options: dict[str, Any],
+    pad: int,
+    reference: Role | None = None,
+    cache: ReferenceCache | None = None,
+) -> PairObjective | GroupObjective:
+    """The objective of pairs, or of groups for a loss that reads ``there``. A reference that the loss does not read is
+    not used. Raises as they do."""
+    kind = GroupObjective if reads_groups(loss) else PairObjective
+    return kind(role, loss, options, pad, reference, cache)
 
 
-@dataclass
-class SftObjective:
-    """Token mean of -log pi over demonstrations."""
-
-    role: Role
-    pad: int
-
-    def size(self, row: AnswerRow) -> int:
-        return len(row.prompt) + len(row.answer)
-
-    def weight(self, row: AnswerRow) -> int:
-        return len(row.answer)
-
-    def loss(self, rows: list[AnswerRow], total: float) -> tuple[Tensor, Sums]:
-        batch = collate_completions(
-            [r.prompt for r in rows], [r.answer for r in rows], [r.finished for r in rows], self.pad
-        ).to(self.role.backbone.device)
-        logprobs, _ = self.role.logprobs(batch)
-        return reduce(sft(logprobs), batch.mask, "token", total), {}
-
-
-class PairObjective:
-    """A pairwise loss: of a policy against its reference, or of a scorer.
-
-    The loss's positional parameters say what is computed for it; see ``READABLE``.
-    """
-
-    def __init__(
-        self, role: Role, loss: Callable[..., Tensor], options: dict[str, Any], pad: int, reference: Role | None = None
-    ) -> None:
-        self.role, self.reference, self.pad = role, reference, pad
-        self.function, self.options = loss, options
-        kinds = inspect.signature(loss).parameters.values()
-        self.wanted = [p.name for p in kinds if p.kind is not inspect.Parameter.KEYWORD_ONLY]
-        assert set(self.wanted) <= set(READABLE), f"{loss.__name__} reads what no pair has: {self.wanted}"
-
-    def size(self, row: PairRow) -> int:
-        return 2 * (len(row.prompt) + max(len(row.chosen), len(row.rejected)))
-
-    def weight(self, row: PairRow) -> int:
-        return 1
-
-    def loss(self, rows: list[PairRow], total: float) -> tuple[Tensor, Sums]:
-        pairs = collate_pairs(rows, self.pad).to(self.role.backbone.device)
-        read = self._read(pairs)
-        losses = self.function(*(read[name] for name in self.wanted), **self.options)
-        return losses.sum() / total, self._sums(read)
-
-    @torch.no_grad()
-    def scores(self, rows: Sequence[PairRow], budget: int) -> tuple[Tensor, Tensor]:
-        """The scorer's scores of all chosen and of all rejected answers, each [N], in the order of the rows."""
-        chosen, rejected = torch.zeros(len(rows)), torch.zeros(len(rows))
-        for index in micro_batches([self.size(row) for row in rows], budget):
-            read = self._read(collate_pairs([rows[i] for i in index], self.pad).to(self.role.backbone.device))
-            chosen[index], rejected[index] = read["chosen_score"].float().cpu(), read["rejected_score"].float().cpu()
-        return chosen, rejected
-
-    def _read(self, pairs: Pairs) -> dict[str, Tensor]:
-        both = _both(pairs)
-        read = {"margin": pairs.margin}
-        if self.role.head is not None:
-            read["chosen_score"], read["rejected_score"] = self.role.scores(both).chunk(2)
-            return read
-        if self.reference is not None:  # first, while no activations of the policy are held
-            with torch.no_grad():
-                frozen = masked_sum(self.reference.logprobs(both)[0], both.mask)
-            read["chosen_reference"], read["rejected_reference"] = frozen.chunk(2)
-        read["chosen"], read["rejected"] = masked_sum(self.role.logprobs(both)[0], both.mask).chunk(2)
-        return read
-
-    def _sums(self, read: dict[str, Tensor]) -> Sums:
-        if self.role.head is not None:
-            better, worse = read["chosen_score"], read["rejected_score"]
-        else:
-            beta = self.options.get("beta", 1.0)
-            better = beta * (read["chosen"] - read.get("chosen_reference", 0.0))
-            worse = beta * (read["rejected"] - read.get("rejected_reference", 0.0))
-        return {
-            "accuracy": (better > worse).sum().item() + 0.5 * (better == worse).sum().item(),  # a tie is a coin toss
-            "margin": (better - worse).sum().item(),
-            "chosen": better.sum().item(),
-            "rejected": worse.sum().item(),
-        }
-
-
-def _both(pairs: Pairs) -> Completions:
-    """Chosen above rejected, as one batch of 2B rows."""
-    above, below = pairs.chosen, pairs.rejected
-
-    def stack(read: Callable[[Completions], Tensor]) -> Tensor:
-        return torch.cat([read(above), read(below)])
-
-    prompt = type(above.prompt)(stack(lambda c: c.prompt.ids), stack(lambda c: c.prompt.mask))
-    return Completions(prompt, stack(lambda c: c.ids), stack(lambda c: c.mask), stack(lambda c: c.finished))
+def reads_groups(loss: Callable[..., Tensor]) -> bool:
+    """Whether a loss is about scored answers (:class:`rto.data.chat.ScoredRow`) and not about pairs."""
+    return "there" in reads(loss)
 
 
 @dataclass
@@ -175,8 +70,9 @@ def fit(
     log: RunLog,
     progress: Any,
     held_out: Sequence[Row] = (),
+    before: int = 0,
 ) -> LoopState:
-    """Train ``objective.role`` on ``rows``; metrics go to ``log``.
+    """Train ``objective.role`` on ``rows``; metrics go to ``log``, their steps counted from ``before``.
 
     The rows of every epoch are shuffled by (seed, stage, epoch). The last batch may be smaller.
 
@@ -208,8 +104,8 @@ def fit(
         if state.step == steps and held_out:
             values |= {f"eval_{key}": value for key, value in evaluate(objective, held_out, training, runtime).items()}
         if state.step % training.log_every == 0 or state.step == steps:
-            log.metrics(stage, state.step, values)
-            runtime.track({f"{stage}/{key}": value for key, value in values.items()}, state.step)
+            log.metrics(stage, before + state.step, values)
+            runtime.track({f"{stage}/{key}": value for key, value in values.items()}, before + state.step)
         progress.update(state.step, values)
     return state
 
@@ -235,6 +131,8 @@ def _accumulate(
 ) -> Sums:
     """Loss and metrics of the whole batch, summed over micro-batches and processes."""
     total = sum(map(objective.weight, batch))
+    if isinstance(objective, Prepared):
+        objective.prepare(batch, budget, runtime)
     mine = runtime.share(batch)
     sums: Sums = {}
     for index in micro_batches([objective.size(row) for row in mine], budget):

@@ -62,6 +62,7 @@ def write_report(folder: Path) -> Path:
         "evaluation": _section(folder, "evaluation.json", lambda found: _evaluation(found, method)),
         "rl": _rl(metrics),
         "training": _training(metrics),
+        "normalisers": _normalisers(folder),
         "credit": _section(folder, "credit.json", _credit),
         "samples": _samples(read_samples(folder)),
     }
@@ -230,15 +231,31 @@ def _rl(metrics: Sequence[Row]) -> dict[str, Any] | None:
 
 
 def _training(metrics: Sequence[Row]) -> list[dict[str, Any]]:
-    found = []
-    for stage, title in STAGE_NAMES.items():
-        rows = [row for row in metrics if row["stage"] == stage]
-        seen = {key for row in rows for key in row}
-        panels = {name: keys for name, keys in STAGE_PANELS[stage].items() if seen & set(keys)}
-        if panels:
-            figure = plots.training(rows, panels)
-            markup = plots.svg(figure, f"stage-{stage}", f"{title}, training curves")
-            found.append({"title": title, "svg": Markup(markup)})
+    found: list[dict[str, Any]] = []
+    stages = dict.fromkeys(row["stage"] for row in metrics)
+    for kind, title in STAGE_NAMES.items():
+        for stage in [stage for stage in stages if stage.partition("/")[0] == kind]:
+            rows = [row for row in metrics if row["stage"] == stage]
+            seen = {key for row in rows for key in row}
+            panels = {name: keys for name, keys in STAGE_PANELS[kind].items() if seen & set(keys)}
+            if panels:
+                figure = plots.training(rows, panels)
+                said = title if stage == kind else f"{title} {stage.partition('/')[2]}"
+                number = len(found)
+                markup = plots.svg(figure, f"stage-{number}", f"{said}, training curves")
+                found.append({"title": said, "svg": Markup(markup)})
+    return found
+
+
+def _normalisers(folder: Path) -> list[dict[str, Any]]:
+    """The fitted normaliser of every segment scorer."""
+    found: list[dict[str, Any]] = []
+    for path in sorted(folder.glob("reward/**/normaliser.json")):
+        stored = _load(folder, path.relative_to(folder).as_posix()) or {}
+        fitted, stage = stored["normaliser"], path.parent.relative_to(folder).as_posix()
+        figure = plots.normaliser_plot(fitted)
+        markup = plots.svg(figure, f"normaliser-{len(found)}", f"Normaliser of the scorer {stage}")
+        found.append({"stage": stage, "svg": Markup(markup), **fitted, **stored})
     return found
 
 
@@ -248,7 +265,7 @@ def _credit(found: dict[str, Any]) -> dict[str, Any]:
         terms = dict(answer["terms"])
         if answer.get("truth") is not None:
             terms["true reward"] = answer["truth"]
-        answers.append({**answer, "view": token_view(answer["tokens"], terms)})
+        answers.append({**answer, "view": token_view(answer["tokens"], terms, answer.get("segment_ends"))})
     return {"methods": found.get("methods"), "answers": answers}
 
 

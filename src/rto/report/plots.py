@@ -89,6 +89,29 @@ def win_matrix(
     return figure
 
 
+def normaliser_plot(fitted: Mapping[str, Any]) -> Figure:
+    """Mean and std of a segment scorer's values by location and the fitted lines, from a normaliser's fields."""
+    figure, panels = _row(2)
+    places = [float(place) for place in fitted["locations"]]
+    line = [k / 200 for k in range(1, 201)]
+    biggest = max(fitted["counts"], default=1)
+    sizes = [4 + 40 * count / biggest for count in fitted["counts"]]
+    for axes, title, kind, points in (
+        (panels[0], "mean of the scorer's values", "mu", fitted["means"]),
+        (panels[1], "standard deviation", "sigma", fitted["stds"]),
+    ):
+        _panel(axes, title)
+        axes.set_xlabel("location of the segment: k / K", fontsize=8.5, color=INK)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
+        axes.scatter(places, points, s=sizes, color=COLOURS[0], alpha=0.45, linewidths=0, label="segments")
+        values = [fitted[f"w_{kind}"] * math.log(p + 1e-10) + fitted[f"b_{kind}"] for p in line]
+        if kind == "sigma":
+            values = [max(value, fitted["floor"]) for value in values]
+        axes.plot(line, values, color=COLOURS[1], linewidth=1.8, label="Huber fit")
+    _legend(figure, panels)
+    return figure
+
+
 def svg(figure: Figure, name: str, label: str) -> str:
     """The figure as ``<svg>`` markup. ``name`` starts all its ids, so it must be unique in the page."""
     buffer = io.StringIO()

@@ -14,19 +14,26 @@ OPACITY = 0.62  # of the strongest token: text stays readable on a light and on 
 VISIBLE = {code: chr(0x2400 + code) for code in range(32)} | {127: "␡", ord("\n"): "⏎", ord("\t"): "⇥"}
 
 
-def token_view(tokens: Sequence[str], terms: dict[str, Sequence[float | None]]) -> Markup:
+def token_view(
+    tokens: Sequence[str], terms: dict[str, Sequence[float | None]], ends: Sequence[bool] | None = None
+) -> Markup:
     """HTML of one answer: a line a term, a span a token, in the order of ``terms``.
 
     Blue tokens earned reward, red and underlined ones lost it. Each term has its own symmetric scale; its
     legend gives the limit (largest absolute value). The title of a token holds the exact value of the term
-    and every token text is escaped. ValueError when a term has not one value a token.
+    and every token text is escaped. A bar closes every token where ``ends`` is true: the end of a segment.
+    ValueError when a term has not one value a token.
     """
     lines = []
     for name, values in terms.items():
         if len(values) != len(tokens):
             raise ValueError(f"the term {name!r} has {len(values)} values for {len(tokens)} tokens")
         limit = max((abs(value) for value in values if value is not None and math.isfinite(value)), default=0.0)
-        spans = Markup("").join(_span(name, token, value, limit) for token, value in zip(tokens, values, strict=True))
+        marks = ends or [False] * len(tokens)
+        spans = Markup("").join(
+            _span(name, token, value, limit) + (_BAR if end else "")
+            for token, value, end in zip(tokens, values, marks, strict=True)
+        )
         lines.append(_LINE.format(name=name, legend=_legend(limit), spans=spans))
     return Markup('<div class="credit">{}</div>').format(Markup("").join(lines))
 
@@ -35,6 +42,9 @@ _LINE = Markup(
     '<div class="term"><div class="term-head"><span class="term-name">{name}</span>{legend}</div>'
     '<div class="tokens" dir="auto">{spans}</div></div>'
 )
+
+
+_BAR = Markup('<span class="bar" title="end of a segment">|</span>')
 
 
 def _span(term: str, token: str, value: float | None, limit: float) -> Markup:

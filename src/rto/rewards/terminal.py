@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rto.batch import Signals
+from rto.segments import last_token
 
 
 def terminal(signals: Signals, *, scale: float = 1.0, clip: float | None = 10.0) -> Float[Tensor, "B T"]:
@@ -16,6 +17,4 @@ def terminal(signals: Signals, *, scale: float = 1.0, clip: float | None = 10.0)
     """
     assert signals.scores is not None
     scores = signals.scores if clip is None else signals.scores.clamp(-clip, clip)
-    last = (signals.mask.sum(-1) - 1).clamp(min=0)
-    at_end = torch.nn.functional.one_hot(last, signals.mask.shape[1]).bool() & signals.mask
-    return torch.where(at_end, scale * scores[:, None], 0.0)
+    return torch.where(last_token(signals.mask), scale * scores[:, None], 0.0)

@@ -19,7 +19,7 @@ def in_micro_batches(
 ) -> Tensor:
     """``read`` over all rows, cut by length so that no pass holds more than ``budget`` padded tokens.
 
-    ``read`` returns [b, t] or [b]; the result is [B, T] (zero on padding) or [B], float32 on the CPU.
+    ``read`` returns [b, t, ...] or [b]; the result is [B, T, ...] (zero on padding) or [B], float32 on the CPU.
     """
     lengths = (completions.prompt.mask.sum(-1) + completions.lengths).tolist()
     result: Tensor | None = None
@@ -27,12 +27,11 @@ def in_micro_batches(
         where = torch.tensor(rows)
         part = read(trim(completions.rows(where)).to(device)).float().cpu()
         if result is None:
-            shape = completions.ids.shape if part.dim() == 2 else completions.ids.shape[:1]
-            result = torch.zeros(shape)
-        if part.dim() == 2:
-            result[where, : part.shape[1]] = part
-        else:
+            result = torch.zeros(*completions.ids.shape[: min(part.dim(), 2)], *part.shape[2:])
+        if part.dim() == 1:
             result[where] = part
+        else:
+            result[where, : part.shape[1]] = part
     assert result is not None, "no rows to score"
     return result
 
@@ -40,6 +39,19 @@ def in_micro_batches(
 def token_logprobs(role: Role, completions: Completions, budget: int, temperature: float = 1.0) -> Float[Tensor, "B T"]:
     """Log-prob of each response token under ``role``."""
     return in_micro_batches(completions, lambda c: role.logprobs(c, temperature)[0], budget, role.backbone.device)
+
+
+def logprobs_and_entropy(
+    role: Role, completions: Completions, budget: int
+) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
+    """Log-prob of each response token, and entropy of the distribution that predicts it (nats)."""
+    both = in_micro_batches(completions, lambda c: torch.stack(role.logprobs(c), -1), budget, role.backbone.device)
+    return both[..., 0], both[..., 1]
+
+
+def token_values(role: Role, completions: Completions, budget: int) -> Float[Tensor, "B T"]:
+    """The scorer at each response token."""
+    return in_micro_batches(completions, role.token_scores, budget, role.backbone.device)
 
 
 def sentence_scores(role: Role, completions: Completions, budget: int) -> Float[Tensor, " B"]:

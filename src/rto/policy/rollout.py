@@ -1,0 +1,145 @@
+"""Prompts -> answers -> what the roles say of them. Each process does its share; all get the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from rto import rewards
+from rto.advantages import held, to_go
+from rto.batch import Completions, Signals
+from rto.config import Policy
+from rto.data.chat import Encoder, PromptRow
+from rto.data.collate import collate_prompts
+from rto.models.role import Role
+from rto.models.runtime import Runtime
+from rto.rollouts.generate import SeedName, generate
+from rto.rollouts.score import state_values
+from rto.rollouts.signals import EXTERNAL, Reader, check_finite, missing
+from rto.seeds import shuffled
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The answers of one iteration that got a reward, row for row. ``group`` numbers the prompts.
+
+    ``values`` are the critic's, and ``greedy`` the reward-to-go of each prompt's greedy answer; zero without them.
+    ``missing`` answers were dropped.
+    """
+
+    asked: list[PromptRow]
+    completions: Completions
+    signals: Signals
+    values: Float[Tensor, "N T"]
+    group: Int[Tensor, " N"]
+    greedy: Float[Tensor, "N T"]
+    missing: int
+
+
+def draw(
+    policy: Role,
+    critic: Role | None,
+    reader: Reader,
+    prompts: Sequence[PromptRow],
+    config: Policy,
+    iteration: int,
+    seed: int,
+    runtime: Runtime,
+    greedy: bool,
+) -> Draw:
+    """``config.rollouts`` answers, ``config.group`` to each prompt. Row i's noise depends on seed, iteration and i.
+
+    Raises:
+        FloatingPointError: a signal is not finite.
+        ValueError: more than ``config.max_missing`` of the answers have no reward.
+    """
+    encoder = reader.encoder
+    chosen = prompts_of(prompts, config.rollouts // config.group, iteration, seed)
+    asked = [row for row in chosen for _ in range(config.group)]
+    mine = runtime.share(list(range(len(asked))))
+    own = [asked[i] for i in mine]
+    names: list[SeedName] = [("rollouts", iteration, i) for i in mine]
+    made = _answers(policy, own, names, config, encoder, seed, config.temperature)
+    parts = reader.read(made.completions, made.logprobs, policy, own)
+    if critic is not None:
+        parts["values"] = state_values(critic, made.completions, config.reading_tokens)
+    check_finite(parts, own, f"of iteration {iteration + 1}")
+    parts["ids"] = made.completions.ids
+    parts = runtime.gather_rows(parts)
+
+    shape = parts["ids"].shape
+    baseline = torch.zeros(shape)
+    if greedy:
+        baseline = _greedy(policy, chosen, reader, config, encoder, seed, runtime)
+        baseline = baseline.repeat_interleave(config.group, 0)
+    gone = missing(parts)
+    if gone.float().mean() > config.max_missing:
+        raise ValueError(
+            f"iteration {iteration + 1}: {int(gone.sum())} of {len(gone)} answers have no reward, more than "
+            f"policy.max_missing = {config.max_missing} allows: see to what gives the rewards ({', '.join(EXTERNAL)})"
+        )
+    keep = (~gone).nonzero().squeeze(-1)
+    parts = {name: part[keep] for name, part in parts.items()}
+    kept = [asked[i] for i in keep.tolist()]
+    values, ids = parts.pop("values", torch.zeros(shape)[keep]), parts.pop("ids")
+    asked_ids = collate_prompts([row.ids for row in kept], encoder.pad)
+    completions = Completions(asked_ids, ids, parts["mask"], parts["finished"])
+    group = torch.arange(len(asked))[keep] // config.group
+    return Draw(kept, completions, Signals(**parts), values, group, baseline[keep], int(gone.sum()))
+
+
+def _answers(
+    policy: Role,
+    asked: Sequence[PromptRow],
+    names: Sequence[SeedName],
+    config: Policy,
+    encoder: Encoder,
+    seed: int,
+    temperature: float,
+):
+    return generate(
+        policy,
+        [row.ids for row in asked],
+        names,
+        seed=seed,
+        limit=encoder.max_response,
+        end=encoder.end,
+        pad=encoder.pad,
+        temperature=temperature,
+        budget=config.reading_tokens,
+    )
+
+
+def _greedy(
+    policy: Role,
+    asked: Sequence[PromptRow],
+    reader: Reader,
+    config: Policy,
+    encoder: Encoder,
+    seed: int,
+    runtime: Runtime,
+) -> Float[Tensor, "P T"]:
+    """Reward-to-go, without KL, of the greedy answer to each prompt; 0 where its reward is missing."""
+    own = [asked[i] for i in runtime.share(list(range(len(asked))))]
+    made = _answers(policy, own, [("greedy",)] * len(own), config, encoder, seed, 0.0)
+    parts = reader.read(made.completions, made.logprobs, policy, own)
+    signals = Signals(**{name: part.nan_to_num() if name in EXTERNAL else part for name, part in parts.items()})
+    total, _ = rewards.total(reader.terms, signals, 0.0)
+    found = held(to_go(total, signals.mask), signals.mask, total.shape[1])
+    return runtime.gather_rows({"greedy": found})["greedy"]
+
+
+def prompts_of(prompts: Sequence[PromptRow], count: int, iteration: int, seed: int) -> list[PromptRow]:
+    """The iteration's prompts: the next ``count`` of an endless stream of shuffled epochs."""
+    chosen = []
+    orders: dict[int, list[int]] = {}
+    for position in range(iteration * count, (iteration + 1) * count):
+        epoch, place = divmod(position, len(prompts))
+        if epoch not in orders:
+            orders[epoch] = shuffled(len(prompts), seed, "prompts", epoch)
+        chosen.append(prompts[orders[epoch][place]])
+    return chosen

@@ -1,0 +1,150 @@
+"""Losses of one prompt with several scored answers (KTO, MPPO): what they read, and their metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from rto.data.chat import ScoredRow
+from rto.data.collate import collate_completions, micro_batches
+from rto.models.role import Role
+from rto.models.runtime import Runtime
+from rto.numerics import masked_sum
+from rto.preferences.cache import ReferenceCache
+from rto.preferences.objectives import Sums, log_ratio_parts, option, reads, reference_for
+
+# What a group loss may name as a positional parameter; float32. Absent answers hold 0.
+READABLE_GROUP = {
+    "logprobs": "[B, N], summed log-prob of each answer",
+    "reference": "[B, N], the same under the reference",
+    "lengths": "[B, N], tokens of each answer, end of sequence included",
+    "scores": "[B, N], as in the data",
+    "there": "[B, N], bool: the row has that answer",
+    "baseline": "[B], mean log-ratio of mismatched prompts and answers of the global batch",
+}
+Answer = tuple[list[int], list[int], bool]  # prompt, answer, finished
+
+
+class GroupObjective:
+    """A loss over all scored answers of a prompt. N is the largest group of the micro-batch.
+
+    Raises:
+        ValueError: a cache is given for a loss that has no use of it.
+    """
+
+    def __init__(
+        self,
+        role: Role,
+        loss: Callable[..., Tensor],
+        options: dict[str, Any],
+        pad: int,
+        reference: Role | None = None,
+        cache: ReferenceCache | None = None,
+    ) -> None:
+        self.role, self.pad, self.cache = role, pad, cache
+        self.function, self.options = loss, options
+        self.wanted = reads(loss)
+        assert set(self.wanted) <= set(READABLE_GROUP), f"{loss.__name__} reads what no group has: {self.wanted}"
+        self.reference = reference_for(loss, reference, cache)
+        self.baseline: float | None = None
+
+    def size(self, row: ScoredRow) -> int:
+        """Padded: each answer stands behind a prompt of its own."""
+        return len(row.answers) * (len(row.prompt) + max(map(len, row.answers)))
+
+    def weight(self, row: ScoredRow) -> int:
+        return 1
+
+    @torch.no_grad()
+    def prepare(self, batch: list[ScoredRow], budget: int, runtime: Runtime) -> None:
+        """KTO's reference point: the mean of log pi - log pi_ref over mismatched pairs, the prompt of each row with
+        the answers of the next one (of the last row: those of the first). A batch of one row, such as the rest at the
+        end of a stage, has none and keeps that of the batch before.
+
+        Raises:
+            ValueError: the first batch has one row.
+        """
+        if "baseline" not in self.wanted:
+            return
+        if len(batch) == 1:
+            if self.baseline is None:
+                raise ValueError(
+                    f"{self.function.__name__} compares prompts with the answers to other prompts, and a batch of one "
+                    "row has no others: set prefer.batch to 2 or more"
+                )
+            return
+        pairs = [
+            (row.prompt, answer, end)
+            for row, other in zip(batch, batch[1:] + batch[:1], strict=True)
+            for answer, end in zip(other.answers, other.finished, strict=True)
+        ]
+        mine, total = runtime.share(pairs), 0.0
+        for index in micro_batches([len(prompt) + len(answer) for prompt, answer, _ in mine], budget):
+            parts = self._parts([mine[i] for i in index], None)  # not cached: the next epoch mixes them anew
+            total += (parts[""] - parts["reference"]).sum().item()
+        self.baseline = runtime.sum({"total": total})["total"] / len(pairs)
+
+    def loss(self, rows: list[ScoredRow], total: float) -> tuple[Tensor, Sums]:
+        read = self._read(rows)
+        losses = self.function(*(read[name] for name in self.wanted), **self.options)
+        return losses.sum() / total, self._sums(read)
+
+    def _read(self, rows: list[ScoredRow]) -> dict[str, Tensor]:
+        device = self.role.backbone.device
+        flat = [(row.prompt, a, end) for row in rows for a, end in zip(row.answers, row.finished, strict=True)]
+        parts = self._parts(flat, self.cache)
+        parts["lengths"] = torch.tensor([len(answer) for _, answer, _ in flat], dtype=torch.float32, device=device)
+        parts["scores"] = torch.tensor([s for row in rows for s in row.scores], dtype=torch.float32, device=device)
+        counts = torch.tensor([len(row.answers) for row in rows], device=device)
+        there = torch.arange(int(counts.max()), device=device) < counts[:, None]
+        where = there.nonzero(as_tuple=True)  # in the order of ``flat``
+        read = {name or "logprobs": p.new_zeros(there.shape).index_put(where, p) for name, p in parts.items()}
+        read["there"] = there
+        if "baseline" in self.wanted:
+            assert self.baseline is not None, "prepare comes first"
+            read["baseline"] = torch.full((len(rows),), self.baseline, device=device)
+        return read
+
+    def _parts(self, flat: list[Answer], cache: ReferenceCache | None) -> dict[str, Tensor]:
+        prompts, answers, finished = (list(part) for part in zip(*flat, strict=True))
+        batch = collate_completions(prompts, answers, finished, self.pad).to(self.role.backbone.device)
+        return log_ratio_parts(self.role, self.reference, batch, list(zip(prompts, answers, strict=True)), cache)
+
+    @torch.no_grad()
+    def _sums(self, read: dict[str, Tensor]) -> Sums:
+        there, reward = read["there"], read["logprobs"].detach()
+        if self.reference is not None:
+            reward = reward - read["reference"]
+        elif "lengths" in self.wanted:
+            reward = reward / read["lengths"].clamp(min=1)
+        reward = option(self.function, self.options, "beta", 1.0) * reward
+        gaps, counted = ordered(
+            reward, read["scores"], there, option(self.function, self.options, "desirable_above", 0.5)
+        )
+        count = counted.sum((1, 2)).clamp(min=1)
+        right = torch.where(counted, (gaps > 0) + 0.5 * (gaps == 0), 0.0).sum((1, 2)) / count
+        sums = {
+            "accuracy": torch.where(counted.any(-1).any(-1), right, 0.5).sum().item(),
+            "margin": (torch.where(counted, gaps, 0.0).sum((1, 2)) / count).sum().item(),
+            "reward": (masked_sum(reward, there) / there.sum(-1).clamp(min=1)).sum().item(),
+        }
+        return sums | ({"baseline": read["baseline"].sum().item()} if "baseline" in read else {})
+
+
+def ordered(
+    reward: Float[Tensor, "B N"], scores: Float[Tensor, "B N"], there: Bool[Tensor, "B N"], above: float
+) -> tuple[Float[Tensor, "B N N"], Bool[Tensor, "B N N"]]:
+    """Reward gaps that should be positive, and which of them count: answer i less answer j where i scores higher.
+
+    A lone answer has no other: its gap is its reward, turned round where its score is not over ``above``.
+    """
+    gaps = reward[:, :, None] - reward[:, None, :]
+    counted = (scores[:, :, None] > scores[:, None, :]) & there[:, :, None] & there[:, None, :]
+    alone = there.sum(-1) == 1
+    own = torch.where(scores > above, reward, -reward)
+    gaps = torch.where(alone[:, None, None], torch.diag_embed(own), gaps)
+    return gaps, torch.where(alone[:, None, None], torch.diag_embed(there), counted)

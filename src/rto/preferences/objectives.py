@@ -1,0 +1,254 @@
+"""What a training stage minimises: the mean of a loss over demonstrations or over pairs.
+
+A loss says by its positional parameters what it reads; an objective computes that, and only that.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rto.batch import Completions, Pairs
+from rto.data.chat import AnswerRow, PairRow
+from rto.data.collate import collate_completions, collate_pairs, micro_batches
+from rto.models.role import Role
+from rto.models.runtime import Runtime
+from rto.numerics import masked_sum, predicting, reduce, token_logprobs
+from rto.preferences.cache import ReferenceCache
+from rto.preferences.sft import sft
+
+Row = TypeVar("Row")
+Sums = dict[str, float]
+
+# What a pairwise loss may name as a positional parameter; all [B], float32.
+READABLE = {
+    "chosen": "summed log-prob of the chosen answer",
+    "rejected": "summed log-prob of the rejected answer",
+    "chosen_reference": "the same under the reference",
+    "rejected_reference": "the same under the reference",
+    "chosen_length": "tokens of the chosen answer, end of sequence included",
+    "rejected_length": "tokens of the rejected answer",
+    "chosen_kl": "KL(reference || policy) of the next token, summed over the chosen answer",
+    "rejected_kl": "the same over the rejected answer",
+    "chosen_score": "the scorer at the chosen answer's last token",
+    "rejected_score": "the scorer at the rejected answer's last token",
+    "margin": "how much better the chosen answer is, where the data say so, else 0",
+}
+KL = {"chosen_kl", "rejected_kl"}
+OF_REFERENCE = {"chosen_reference", "rejected_reference", "reference", "baseline"} | KL
+
+
+@runtime_checkable
+class Objective(Protocol[Row]):
+    """What a stage minimises."""
+
+    role: Role
+
+    def size(self, row: Row) -> int:
+        """Tokens that the row adds to a forward pass."""
+
+    def weight(self, row: Row) -> int:
+        """What the row adds to the denominator of the loss: tokens or rows."""
+
+    def loss(self, rows: list[Row], total: float) -> tuple[Tensor, Sums]:
+        """The rows' share of the loss, and sums over rows of what is worth logging."""
+
+
+@runtime_checkable
+class Prepared(Protocol[Row]):
+    """An objective whose loss reads something of the whole global batch."""
+
+    def prepare(self, batch: list[Row], budget: int, runtime: Runtime) -> None:
+        """Called once a batch, before its micro-batches, with the same batch on every process."""
+
+
+@dataclass
+class SftObjective:
+    """Token mean of -log pi over demonstrations."""
+
+    role: Role
+    pad: int
+
+    def size(self, row: AnswerRow) -> int:
+        return len(row.prompt) + len(row.answer)
+
+    def weight(self, row: AnswerRow) -> int:
+        return len(row.answer)
+
+    def loss(self, rows: list[AnswerRow], total: float) -> tuple[Tensor, Sums]:
+        batch = collate_completions(
+            [r.prompt for r in rows], [r.answer for r in rows], [r.finished for r in rows], self.pad
+        ).to(self.role.backbone.device)
+        logprobs, _ = self.role.logprobs(batch)
+        return reduce(sft(logprobs), batch.mask, "token", total), {}
+
+
+class PairObjective:
+    """A pairwise loss: of a policy against its reference, or of a scorer.
+
+    The loss's positional parameters say what is computed for it; see ``READABLE``. ``cache`` keeps the reference's
+    log-probs between epochs.
+
+    Raises:
+        ValueError: a cache is given for a loss that has no use of it.
+    """
+
+    def __init__(
+        self,
+        role: Role,
+        loss: Callable[..., Tensor],
+        options: dict[str, Any],
+        pad: int,
+        reference: Role | None = None,
+        cache: ReferenceCache | None = None,
+    ) -> None:
+        self.role, self.pad, self.cache = role, pad, cache
+        self.function, self.options = loss, options
+        self.wanted = reads(loss)
+        assert set(self.wanted) <= set(READABLE), f"{loss.__name__} reads what no pair has: {self.wanted}"
+        self.reference = reference_for(loss, reference, cache)
+
+    def size(self, row: PairRow) -> int:
+        return 2 * (len(row.prompt) + max(len(row.chosen), len(row.rejected)))
+
+    def weight(self, row: PairRow) -> int:
+        return 1
+
+    def loss(self, rows: list[PairRow], total: float) -> tuple[Tensor, Sums]:
+        read = self._read(rows)
+        losses = self.function(*(read[name] for name in self.wanted), **self.options)
+        return losses.sum() / total, self._sums(read)
+
+    @torch.no_grad()
+    def scores(self, rows: Sequence[PairRow], budget: int) -> tuple[Tensor, Tensor]:
+        """The scorer's scores of all chosen and of all rejected answers, each [N], in the order of the rows."""
+        chosen, rejected = torch.zeros(len(rows)), torch.zeros(len(rows))
+        for index in micro_batches([self.size(row) for row in rows], budget):
+            read = self._read([rows[i] for i in index])
+            chosen[index], rejected[index] = read["chosen_score"].float().cpu(), read["rejected_score"].float().cpu()
+        return chosen, rejected
+
+    def _read(self, rows: list[PairRow]) -> dict[str, Tensor]:
+        pairs = collate_pairs(rows, self.pad).to(self.role.backbone.device)
+        both = _both(pairs)
+        read = {"margin": pairs.margin}
+        if self.role.head is not None:
+            read["chosen_score"], read["rejected_score"] = self.role.scores(both).chunk(2)
+            return read
+        read["chosen_length"], read["rejected_length"] = both.lengths.float().chunk(2)
+        if KL & set(self.wanted):
+            found = self._with_kl(both)
+        else:
+            ids = [(row.prompt, row.chosen) for row in rows] + [(row.prompt, row.rejected) for row in rows]
+            found = log_ratio_parts(self.role, self.reference, both, ids, self.cache)
+        for name, values in found.items():
+            suffix = f"_{name}" if name else ""
+            read[f"chosen{suffix}"], read[f"rejected{suffix}"] = values.chunk(2)
+        return read
+
+    def _with_kl(self, both: Completions) -> dict[str, Tensor]:
+        """As :func:`log_ratio_parts`, and the KL; each model reads the text once."""
+        assert self.reference is not None
+        with torch.no_grad():
+            states = predicting(self.reference.hidden(both), both.ids.shape[1])
+            frozen, _ = token_logprobs(states, both.ids, both.mask, self.reference.backbone.project)
+        logprobs, kl = self.role.logprobs_and_kl(both, self.reference, states)
+        sums = {"": logprobs, "reference": frozen, "kl": kl}
+        return {name: masked_sum(values, both.mask) for name, values in sums.items()}
+
+    def _sums(self, read: dict[str, Tensor]) -> Sums:
+        if self.role.head is not None:
+            better, worse = read["chosen_score"], read["rejected_score"]
+        else:
+            better, worse = (self._implicit(read, side).detach() for side in ("chosen", "rejected"))
+        sums = {
+            "accuracy": (better > worse).sum().item() + 0.5 * (better == worse).sum().item(),  # a tie is a coin toss
+            "margin": (better - worse).sum().item(),
+            "chosen": better.sum().item(),
+            "rejected": worse.sum().item(),
+        }
+        return sums | {name: read[name].sum().item() for name in sorted(KL & set(read))}
+
+    def _implicit(self, read: dict[str, Tensor], side: str) -> Tensor:
+        """The reward that the loss gives an answer: beta times its log-ratio (TDPO: and its KL). Without a reference,
+        beta times its log-prob, a token's mean where the loss reads the lengths of both answers (SimPO, ORPO)."""
+        reward = read[side]
+        if self.reference is not None:
+            reward = reward - read[f"{side}_reference"] + read.get(f"{side}_kl", 0.0)
+        elif {"chosen_length", "rejected_length"} <= set(self.wanted):
+            reward = reward / read[f"{side}_length"].clamp(min=1)
+        return option(self.function, self.options, "beta", 1.0) * reward
+
+
+def reads(loss: Callable[..., Tensor]) -> list[str]:
+    """What a loss reads: the names of its positional parameters."""
+    parameters = inspect.signature(loss).parameters.values()
+    return [p.name for p in parameters if p.kind is not inspect.Parameter.KEYWORD_ONLY]
+
+
+def option(loss: Callable[..., Tensor], options: dict[str, Any], name: str, otherwise: float) -> float:
+    """The value of an option: as given, else the loss's default, else ``otherwise`` where it has no such option."""
+    parameter = inspect.signature(loss).parameters.get(name)
+    return options.get(name, otherwise if parameter is None else parameter.default)
+
+
+def reads_reference(loss: Callable[..., Tensor]) -> bool:
+    """Whether a loss needs the reference's forward pass."""
+    return bool(OF_REFERENCE & set(reads(loss)))
+
+
+def reference_for(loss: Callable[..., Tensor], reference: Role | None, cache: ReferenceCache | None) -> Role | None:
+    """The reference where the loss reads it. Raises ValueError for a cache that it cannot use."""
+    name = loss.__name__
+    if not reads_reference(loss):
+        if cache is not None:
+            raise ValueError(f"prefer.cache_reference = true, but {name} reads no reference: leave it out")
+        return None
+    assert reference is not None, f"{name} reads a reference"
+    if cache is not None and KL & set(reads(loss)):
+        raise ValueError(
+            f"prefer.cache_reference = true keeps one number an answer, but {name} reads the reference's whole "
+            "distribution at every token: set it to false"
+        )
+    return reference
+
+
+def log_ratio_parts(
+    role: Role,
+    reference: Role | None,
+    batch: Completions,
+    ids: Sequence[tuple[list[int], list[int]]],
+    cache: ReferenceCache | None = None,
+) -> dict[str, Float[Tensor, " B"]]:
+    """Summed log-probs of each answer under the role (key "") and, where there is one, the reference.
+
+    ``ids`` are the prompt and answer of each row of ``batch``: what the cache knows them by.
+    """
+    found = {}
+    if reference is not None:  # first, while no activations of the policy are held
+        frozen = reference
+
+        @torch.no_grad()
+        def compute() -> Tensor:
+            return masked_sum(frozen.logprobs(batch)[0], batch.mask)
+
+        found["reference"] = compute() if cache is None else cache.sums(ids, compute).to(batch.ids.device)
+    found[""] = masked_sum(role.logprobs(batch)[0], batch.mask)
+    return found
+
+
+def _both(pairs: Pairs) -> Completions:
+    """Chosen above rejected, as one batch of 2B rows."""
+    above, below = pairs.chosen, pairs.rejected
+
+    def stack(read: Callable[[Completions], Tensor]) -> Tensor:
+        return torch.cat([read(above), read(below)])
+
+    prompt = type(above.prompt)(stack(lambda c: c.prompt.ids), stack(lambda c: c.prompt.mask))
+    return Completions(prompt, stack(lambda c: c.ids), stack(lambda c: c.mask), stack(lambda c: c.finished))

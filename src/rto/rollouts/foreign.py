@@ -1,0 +1,204 @@
+"""A scorer with another tokenizer than the policy's: answers go over as text, rewards come back by characters."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rto import config as recipe
+from rto.batch import Completions
+from rto.data.chat import Encoder, PromptRow
+from rto.data.collate import collate_completions
+from rto.data.layouts import Prompt
+from rto.models.checkpoint import is_adapter
+from rto.models.load import load_tokenizer
+from rto.models.role import Role
+from rto.models.runtime import Runtime
+from rto.models.workshop import Workshop
+from rto.rewards.carry import Span, at_ends, carry
+from rto.rollouts.attention import Reading, attention_weights
+from rto.rollouts.score import sentence_scores, token_values
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Spans = list[Span]
+
+
+class ForeignScorer:
+    """Reads the policy's answers with a scorer of another tokenizer.
+
+    It sees the ``conversations`` that the prompts were made of under its own chat template. Without them it sees the
+    text of the prompts, with the policy's template spelled out, which it was hardly trained on. An answer that ended by
+    itself ends with the scorer's own end token; one that was cut has none. ``policy`` is the policy's encoder,
+    ``budget`` in padded tokens of one pass. ``limit`` is in the scorer's tokens, by default its positions: longer
+    prompts lose their beginning. ``misaligned`` is the share of the absolute mass of the last token readings that lay
+    across the borders of tokens (see :mod:`rto.rewards.carry`).
+
+    Raises:
+        ValueError: the tokenizer cannot tell which characters its tokens stand for; when scoring, an answer alone is
+            over the limit.
+    """
+
+    def __init__(
+        self, role: Role, tokenizer: PreTrainedTokenizerBase, policy: Encoder, budget: int, limit: int | None = None
+    ) -> None:
+        self.source = role.backbone.source
+        if not tokenizer.is_fast:
+            raise ValueError(f"{self.source}: a scorer with a vocabulary of its own needs a fast tokenizer")
+        self.role = role
+        self.policy = policy
+        self.budget = budget
+        settings = role.backbone.network.config.get_text_config()
+        self.limit = limit or getattr(settings, "max_position_embeddings", None) or 2**31
+        self.encoder = Encoder(tokenizer, self.limit, self.limit)
+        self.misaligned = 0.0
+        self._pieces: dict[int, str] = {}
+
+    @classmethod
+    def open(cls, folder: str, policy: Encoder, runtime: Runtime, budget: int) -> ForeignScorer:
+        """The one-label classifier in ``folder``, frozen.
+
+        Raises:
+            ValueError: the folder holds something else.
+        """
+        if is_adapter(folder):
+            raise ValueError(f"{folder} is an adapter: merge it into its base model to score for another tokenizer")
+        tokenizer = load_tokenizer(folder)
+        shop = Workshop(recipe.Pretrained(name=folder), folder, tokenizer, runtime, seed=0)  # nothing is drawn
+        return cls(shop.open_scorer(folder, "scorer", None, trained=False), tokenizer, policy, budget)
+
+    # --- readings ---------------------------------------------------------------------------------------
+
+    def scores(
+        self, completions: Completions, prompts: Sequence[PromptRow], conversations: Sequence[Prompt] | None = None
+    ) -> Float[Tensor, " B"]:
+        """The scorer at each answer's last token."""
+        own, _, _ = self._translated(completions, prompts, conversations)
+        return sentence_scores(self.role, own, self.budget)
+
+    def token_scores(
+        self, completions: Completions, prompts: Sequence[PromptRow], conversations: Sequence[Prompt] | None = None
+    ) -> Float[Tensor, "B T"]:
+        """The scorer where each of the policy's tokens ends: at the first of its own that ends there or later."""
+        own, theirs, ours = self._translated(completions, prompts, conversations)
+        values = token_values(self.role, own, self.budget)
+        return self._back(completions, values, theirs, ours, lambda v, f, t: at_ends(v, f, [end for _, end in t]))
+
+    def attention(
+        self,
+        completions: Completions,
+        prompts: Sequence[PromptRow],
+        reading: Reading,
+        conversations: Sequence[Prompt] | None = None,
+    ) -> Float[Tensor, "B T"]:
+        """The scorer's :func:`~rto.rollouts.attention.attention_weights` as shares of the policy's tokens: sum 1."""
+        own, theirs, ours = self._translated(completions, prompts, conversations)
+        return self._back(completions, attention_weights(self.role, own, reading, self.budget), theirs, ours, carry)
+
+    # --- there and back ---------------------------------------------------------------------------------
+
+    def _translated(
+        self, completions: Completions, prompts: Sequence[PromptRow], conversations: Sequence[Prompt] | None
+    ) -> tuple[Completions, list[Spans], list[Spans]]:
+        """The answers in the scorer's tokens, the spans of these, and the spans of the policy's tokens."""
+        seen = [row.text for row in prompts] if conversations is None else conversations
+        finished = completions.finished.tolist()
+        asked, answers, theirs, ours = [], [], [], []
+        for prompt, ids, mask, ended in zip(seen, completions.ids, completions.mask, finished, strict=True):
+            text, spans = self._text(prompt, ids[mask].tolist(), ended)
+            answer, places = self._answer(prompt, text, ended)
+            if len(answer) >= self.limit:
+                raise ValueError(
+                    f"an answer has {len(answer)} tokens for the scorer {self.source}, which reads {self.limit} with "
+                    "the prompt: lower data.max_response"
+                )
+            self.encoder.max_prompt = self.limit - len(answer)
+            asked.append(self.encoder.prompt(prompt))
+            answers.append(answer)
+            theirs.append(places)
+            ours.append(spans)
+        return collate_completions(asked, answers, finished, self.encoder.pad), theirs, ours
+
+    def _text(self, prompt: Prompt, ids: list[int], finished: bool) -> tuple[str, Spans]:
+        """An answer of the policy as text, without what its template puts before answers, and its tokens' spans."""
+        body = ids[:-1] if finished else ids
+        text, spans = self.policy.decode(body), self._spans(body)
+        lead = "" if isinstance(prompt, str) else self.policy._lead
+        if lead and text.startswith(lead):
+            text, spans = text[len(lead) :], _shifted(spans, len(lead))
+        return text, [*spans, *_end(text, finished)]
+
+    def _answer(self, prompt: Prompt, text: str, finished: bool) -> tuple[list[int], Spans]:
+        """The text as the scorer's answer ids, as :meth:`Encoder.answer` would give them, and their spans."""
+        lead = "" if isinstance(prompt, str) else self.encoder._lead
+        coded = self.encoder.tokenizer(
+            lead + text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        ids, spans = list(coded["input_ids"]), _shifted(_in_order(coded["offset_mapping"]), len(lead))
+        if self.encoder.end in ids:  # spelled out: it ends the answer there
+            stop = ids.index(self.encoder.end) + 1
+            return ids[:stop], spans[:stop]
+        if finished or not ids:  # nothing can be read where there is no token
+            return [*ids, self.encoder.end], [*spans, *_end(text, True)]
+        return ids, spans
+
+    def _spans(self, ids: list[int]) -> Spans:
+        """Which characters of the decoded text each token stands for; empty until a character is complete."""
+        text = self.policy.decode(ids)
+        for token in set(ids) - self._pieces.keys():
+            self._pieces[token] = self.policy.decode([token])
+        pieces = [self._pieces[token] for token in ids]
+        if "".join(pieces) == text:
+            ends = [0]
+            for piece in pieces:
+                ends.append(ends[-1] + len(piece))
+        else:  # a token's text depends on its neighbours: decode every beginning, which is slower
+            ends = [0]
+            for stop in range(1, len(ids)):
+                same = len(os.path.commonprefix([self.policy.decode(ids[:stop]), text]))
+                ends.append(max(ends[-1], same))
+            ends.append(len(text))
+        return list(zip(ends, ends[1:], strict=False))[: len(ids)]
+
+    def _back(
+        self,
+        completions: Completions,
+        values: Float[Tensor, "B N"],
+        theirs: list[Spans],
+        ours: list[Spans],
+        move: Callable[[list[float], Spans, Spans], tuple[list[float], float]],
+    ) -> Float[Tensor, "B T"]:
+        """Values at the scorer's tokens as values at the policy's."""
+        out = torch.zeros(completions.ids.shape)
+        mass = moved = 0.0
+        for row, (given, source, target) in enumerate(zip(values.tolist(), theirs, ours, strict=True)):
+            carried, share = move(given[: len(source)], source, target)
+            weight = sum(map(abs, carried))
+            mass, moved = mass + weight, moved + share * weight
+            out[row, completions.mask[row]] = torch.tensor(carried, dtype=torch.float32)
+        self.misaligned = moved / mass if mass else 0.0
+        return out
+
+
+def _end(text: str, finished: bool) -> Spans:
+    """The end of an answer counts as a character of its own, so that end tokens are matched like any other."""
+    return [(len(text), len(text) + 1)] if finished else []
+
+
+def _shifted(spans: Spans, by: int) -> Spans:
+    return [(max(0, start - by), max(0, end - by)) for start, end in spans]
+
+
+def _in_order(spans: Sequence[Sequence[int]]) -> Spans:
+    """Spans that do not overlap nor go back: of tokens that share a character, the last has it."""
+    starts = list(accumulate((int(start) for start, _ in spans), max))
+    ends = list(accumulate((int(end) for _, end in spans), max))
+    stops = [min(end, start) for end, start in zip(ends, [*starts[1:], *ends[-1:]], strict=True)]
+    return list(zip(starts, stops, strict=True))

@@ -1,0 +1,200 @@
+"""What the roles say of answers, exactly as far as the reward terms of a recipe read it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from rto import rewards
+from rto.batch import Completions
+from rto.config import Spec
+from rto.data.chat import Encoder, PromptRow
+from rto.models.checkpoint import ScorerNotes
+from rto.models.role import Role
+from rto.models.segment import mean_at_ends
+from rto.rewards.normaliser import Normaliser
+from rto.rollouts.attention import attention_weights
+from rto.rollouts.foreign import ForeignScorer
+from rto.rollouts.functions import call_function, load_function
+from rto.rollouts.http import HttpScorer
+from rto.rollouts.score import logprobs_and_entropy, sentence_scores, token_logprobs, token_values
+from rto.segments import segment_ends, sentence_ends
+
+EXTERNAL = ("function", "http")  # signals from outside, which may be missing
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A reward model as the terms read it.
+
+    ``notes`` normalises sentence scores and ``normaliser`` segments; None leaves them as they are.
+    """
+
+    role: Role | ForeignScorer
+    cutoff: float | None = None
+    notes: ScorerNotes | None = None
+    normaliser: Normaliser | None = None
+
+
+class Reader:
+    """Reads answers for a list of reward terms; the roles that no term needs may be None."""
+
+    def __init__(
+        self,
+        terms: list[Spec],
+        reference: Role,
+        encoder: Encoder,
+        budget: int,
+        *,
+        temperature: float = 1.0,
+        guide: Role | None = None,
+        scorer: Scorer | None = None,
+        moving: Role | None = None,
+    ) -> None:
+        self.terms = terms
+        self.needs = rewards.needs(terms)
+        self.reference, self.guide, self.scorer, self.moving = reference, guide, scorer, moving
+        self.encoder, self.budget, self.temperature = encoder, budget, temperature
+        self._options: dict[str, Spec] = {term["type"]: term for term in rewards.live(terms)}
+        if "function" in self.needs:
+            self._function = load_function(self._options["function"]["function"])
+        if "http" in self.needs:
+            settings = self._options["http"]
+            self._http = HttpScorer(settings["url"], settings["timeout"], settings["retries"], settings["batch"])
+        assert guide is not None or "guide" not in self.needs
+        assert scorer is not None or not self.needs & {"scores", "segments", "segment_ends"}
+
+    def read(
+        self,
+        completions: Completions,
+        logprobs: Float[Tensor, "B T"],
+        policy: Role,
+        prompts: Sequence[PromptRow],
+    ) -> dict[str, Tensor]:
+        """The fields of :class:`~rto.batch.Signals` that the terms need; ``logprobs`` are the policy's own."""
+        c, needs, heat = completions, self.needs, self.temperature
+        cut = self.scorer is not None and self.scorer.cutoff is not None and needs & {"scores", "segments"}
+        parts = {"mask": c.mask, "finished": c.finished, "logprobs": logprobs}
+        entropy = torch.zeros_like(logprobs)
+        if cut:
+            # Segments are cut by the untempered distribution, as the scorer was trained.
+            parts["reference"], entropy = logprobs_and_entropy(self.reference, c, self.budget)
+        if not cut or heat != 1.0:
+            same = policy is self.reference and heat == 1.0
+            parts["reference"] = logprobs if same else token_logprobs(self.reference, c, self.budget, heat)
+        if self.moving is not None:
+            parts["moving"] = token_logprobs(self.moving, c, self.budget, heat)
+        if "guide" in needs:
+            assert self.guide is not None
+            parts["guide"] = token_logprobs(self.guide, c, self.budget, heat)
+        if self.scorer is not None:
+            parts |= self._scored(self.scorer, c, entropy, prompts)
+        if "attention" in needs:
+            options = self._options["attention"]
+            reader = policy if options["reader"] == "policy" or self.scorer is None else self.scorer.role
+            if isinstance(reader, ForeignScorer):
+                parts["attention"] = reader.attention(c, prompts, options["reading"])
+            else:
+                parts["attention"] = attention_weights(reader, c, options["reading"], self.budget)
+        if needs & {"sentence_ends", *EXTERNAL}:
+            parts |= self._of_text(c, prompts)
+        return parts
+
+    def _scored(
+        self, scorer: Scorer, c: Completions, entropy: Float[Tensor, "B T"], prompts: Sequence[PromptRow]
+    ) -> dict[str, Tensor]:
+        parts: dict[str, Tensor] = {}
+        role, needs = scorer.role, self.needs
+        if "segments" not in needs and scorer.cutoff is None:
+            if "scores" in needs:
+                parts["scores"] = self._normal(scorer, self._sentences(role, c, prompts))
+            return parts
+        if not needs & {"scores", "segments"}:
+            return parts
+        ends = segment_ends(entropy, c.mask, c.finished, scorer.cutoff)
+        if isinstance(role, ForeignScorer):
+            values = role.token_scores(c, prompts)
+        else:
+            values = token_values(role, c, self.budget)
+        if "scores" in needs:
+            parts["scores"] = self._normal(scorer, mean_at_ends(values, ends, c.mask))
+        if "segments" in needs:
+            parts["segment_ends"] = ends
+            if scorer.cutoff is None:
+                values = self._normal(scorer, values)
+            elif scorer.normaliser is not None:
+                values = scorer.normaliser.apply(values, ends, c.mask)
+            parts["segments"] = torch.where(ends, values, 0.0)
+        return parts
+
+    def _sentences(self, role: Role | ForeignScorer, c: Completions, prompts: Sequence[PromptRow]) -> Tensor:
+        if isinstance(role, ForeignScorer):
+            return role.scores(c, prompts)
+        return sentence_scores(role, c, self.budget)
+
+    @staticmethod
+    def _normal(scorer: Scorer, raw: Tensor) -> Tensor:
+        return raw if scorer.notes is None else (raw - scorer.notes.mean) / scorer.notes.std
+
+    def _of_text(self, c: Completions, prompts: Sequence[PromptRow]) -> dict[str, Tensor]:
+        """What is read from the words."""
+        tokens = [tokens_of(self.encoder, c, i) for i in range(len(c))]
+        parts: dict[str, Tensor] = {}
+        if "sentence_ends" in self.needs:
+            parts["sentence_ends"] = sentence_ends(tokens, c.mask)
+        asked = [row.text for row in prompts]
+        answers = [self.encoder.decode(ids[mask].tolist()) for ids, mask in zip(c.ids, c.mask, strict=True)]
+        if "function" in self.needs:
+            name = self._options["function"]["function"]
+            parts["function"] = self._wide(call_function(self._function, name, asked, answers, tokens), c)
+        if "http" in self.needs:
+            parts["http"] = self._wide(self._http.score(asked, answers, tokens), c)
+        return parts
+
+    @staticmethod
+    def _wide(values: Float[Tensor, "B t"], c: Completions) -> Float[Tensor, "B T"]:
+        """Padded to the width of the answers' tensors."""
+        return torch.nn.functional.pad(values, (0, c.ids.shape[1] - values.shape[1]))
+
+    def measures(self) -> dict[str, float]:
+        """What is worth logging about the reading itself."""
+        found: dict[str, float] = {}
+        if self.scorer is not None and isinstance(self.scorer.role, ForeignScorer):
+            found["scorer_misaligned"] = self.scorer.role.misaligned
+        return found
+
+
+def missing(parts: dict[str, Any]) -> Bool[Tensor, " B"]:
+    """Answers whose reward somebody outside did not give."""
+    gone = torch.zeros(len(parts["mask"]), dtype=torch.bool)
+    for name in EXTERNAL:
+        if name in parts:
+            gone |= (parts[name].isnan() & parts["mask"]).any(-1)
+    return gone
+
+
+def check_finite(parts: dict[str, Tensor], prompts: Sequence[PromptRow], when: str) -> None:
+    """Raises FloatingPointError that names signal, answer, token and data row; missing rewards are not meant."""
+    gone = missing(parts)
+    for name, part in parts.items():
+        if not part.dtype.is_floating_point:
+            continue
+        bad = ~part.isfinite()
+        bad[gone] = False
+        if bad.any():
+            row, *token = (int(i) for i in bad.nonzero()[0])
+            place = f", token {token[0]}" if token else ""
+            raise FloatingPointError(
+                f"{name} of answer {row}{place} {when} (prompt of data row {prompts[row].row}) is not finite"
+            )
+
+
+def tokens_of(encoder: Encoder, completions: Completions, row: int) -> list[str]:
+    """The text of each response token, special ones included."""
+    ids = completions.ids[row][completions.mask[row]].tolist()
+    return [str(encoder.tokenizer.decode([token])) for token in ids]

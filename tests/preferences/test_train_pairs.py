@@ -1,0 +1,256 @@
+"""What pairwise losses read: lengths, KL and the cached reference; models that share a backbone keep apart."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from rto.config import Lora, Supervised
+from rto.models.role import Role
+from rto.models.workshop import Workshop
+from rto.preferences import cpo, dpo, ipo, orpo, rdpo, simpo, tdpo1, tdpo2
+from rto.preferences.cache import ReferenceCache, fingerprint
+from rto.preferences.objectives import reads_reference
+from rto.preferences.train import PairObjective, fit, gradients, objective_for
+from rto.report.log import Progress, RunLog
+
+WHOLE, ALONE = 1_000_000, 1  # micro_tokens: the batch in one pass, and a row a pass
+SETTINGS = {
+    "full": {},
+    "lora": {"lora": Lora(r=4, alpha=8)},
+    "lora, checkpointing": {"lora": Lora(r=4, alpha=8), "gradient_checkpointing": True},
+    "output layer too": {"lora": Lora(r=4, alpha=8, targets=["q_proj", "lm_head"])},
+}
+
+
+def objective(world, nudged, loss: Any = tdpo2, settings: str = "full", **options: Any) -> PairObjective:
+    """A fresh objective whose policy is not its reference: the same weights every time."""
+    shop: Workshop = world.shop_of(**SETTINGS[settings])
+    reference = shop.reference()
+    return PairObjective(nudged(shop.new_policy("guide")), loss, options, world.pad, reference)
+
+
+def grads(role: Role) -> list[Tensor]:
+    found = [p.grad for p in role.parameters() if p.grad is not None]
+    assert found
+    return found
+
+
+def calls(role: Role) -> list[int]:
+    """Grows with each forward pass of a full model."""
+    seen: list[int] = []
+    role.backbone.body.register_forward_hook(lambda *_: seen.append(1))
+    return seen
+
+
+# --- the KL -------------------------------------------------------------------------------------------
+
+
+def distributions(role: Role, prompt: list[int], answer: list[int]) -> Tensor:
+    """[T, V], log-probs of the next token along one answer without padding, by the model's own forward pass."""
+    logits = role.activate().network(input_ids=torch.tensor([prompt + answer])).logits[0]
+    return logits[len(prompt) - 1 : -1].log_softmax(-1)
+
+
+@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_the_kl_is_that_of_whole_distributions(world, nudged, settings):
+    goal, rows = objective(world, nudged, settings=settings), world.rows.pairs[:5]
+    read = goal._read(rows)
+    (read["chosen_kl"].sum() + 2 * read["rejected_kl"].sum() + read["chosen"].sum()).backward()
+    found = [read[name].detach() for name in ("chosen_kl", "rejected_kl", "chosen")] + grads(goal.role)
+
+    by_hand = objective(world, nudged, settings=settings)
+    sums: dict[str, list[Tensor]] = {"chosen_kl": [], "rejected_kl": [], "chosen": []}
+    for row in rows:
+        for side in ("chosen", "rejected"):
+            answer = getattr(row, side)
+            with torch.no_grad():
+                q = distributions(by_hand.reference, row.prompt, answer)
+            p = distributions(by_hand.role, row.prompt, answer)
+            sums[f"{side}_kl"].append((q.exp() * (q - p)).sum())
+            if side == "chosen":
+                sums[side].append(p[range(len(answer)), answer].sum())
+            weight = 2 if side == "rejected" else 1
+            loss = weight * sums[f"{side}_kl"][-1] + (sums[side][-1] if side == "chosen" else 0)
+            loss.backward()  # at once: in the next pass another role acts
+    expected = [torch.stack(values).detach() for values in sums.values()] + grads(by_hand.role)
+    assert found[0].min() > 1e-3
+    for a, b in zip(found, expected, strict=True):
+        assert_close(a, b, atol=2e-5, rtol=1e-4)
+
+
+def test_each_model_reads_the_text_once(world, nudged):
+    goal = objective(world, nudged)
+    policy, reference = calls(goal.role), calls(goal.reference)
+    goal.loss(world.rows.pairs[:4], 4)
+    assert (len(policy), len(reference)) == (1, 1)
+
+
+def test_the_reference_gets_no_gradient(world, nudged):
+    goal = objective(world, nudged, tdpo1)
+    for p in goal.reference.parameters():
+        p.requires_grad_(True)
+    gradients(goal, world.rows.pairs[:4], WHOLE, world.runtime)
+    assert all(p.grad is None for p in goal.reference.parameters())
+    assert sum(float(g.abs().sum()) for g in grads(goal.role)) > 0
+
+
+# --- cutting and padding ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", ["full", "lora", "lora, checkpointing"])
+@pytest.mark.parametrize("loss", [tdpo1, tdpo2, rdpo, ipo, simpo, orpo])
+def test_one_batch_of_eight_equals_eight_of_one(world, nudged, loss, settings):
+    whole, alone = (objective(world, nudged, loss, settings) for _ in range(2))
+    rows = world.rows.pairs[:8]
+    value, sums = gradients(whole, rows, WHOLE, world.runtime)
+    value_alone, sums_alone = gradients(alone, rows, ALONE, world.runtime)
+    assert value_alone == pytest.approx(value, rel=1e-5)
+    assert sums_alone == pytest.approx(sums, abs=1e-4)
+    for a, b in zip(grads(whole.role), grads(alone.role), strict=True):
+        assert_close(a, b, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("loss", [tdpo1, tdpo2, rdpo, simpo])
+def test_padding_adds_nothing(world, nudged, loss):
+    goal = objective(world, nudged, loss)
+    ordered = sorted(world.rows.pairs, key=goal.size)
+    short, long = ordered[0], ordered[-1]
+    with torch.no_grad():
+        both = goal.loss([short, long], 2)[0]
+        assert_close(both, goal.loss([short], 2)[0] + goal.loss([long], 2)[0])
+        goal.pad = 7  # what stands in the padding is never read
+        assert torch.equal(goal.loss([short, long], 2)[0], both)
+
+
+# --- what is read, and what is not --------------------------------------------------------------------
+
+
+def test_lengths_count_the_end(world, nudged):
+    rows = world.rows.pairs[:3]
+    read = objective(world, nudged, simpo)._read(rows)
+    assert read["chosen_length"].tolist() == [len(row.chosen) for row in rows]
+    assert read["rejected_length"].tolist() == [len(row.rejected) for row in rows]
+
+
+def test_a_reference_that_no_loss_reads_is_not_run(world, nudged):
+    goal = objective(world, nudged, simpo)
+    assert goal.reference is None and not reads_reference(simpo)
+    assert reads_reference(dpo) and reads_reference(tdpo1)
+    chosen = objective_for(goal.role, simpo, {}, world.pad)
+    assert isinstance(chosen, PairObjective)
+
+
+READ = {
+    "chosen": torch.tensor([-4.0]),
+    "rejected": torch.tensor([-9.0]),
+    "chosen_reference": torch.tensor([-5.0]),
+    "rejected_reference": torch.tensor([-7.0]),
+    "chosen_length": torch.tensor([2.0]),
+    "rejected_length": torch.tensor([3.0]),
+    "chosen_kl": torch.tensor([0.5]),
+    "rejected_kl": torch.tensor([1.5]),
+    "margin": torch.tensor([0.0]),
+}
+
+
+@pytest.mark.parametrize(
+    ("loss", "options", "chosen", "rejected"),
+    [
+        (dpo, {"beta": 0.5}, 0.5 * 1, 0.5 * -2),  # log-ratios 1 and -2
+        (dpo, {}, 0.1 * 1, 0.1 * -2),  # the loss's own beta
+        (ipo, {"tau": 0.5}, 1, -2),
+        (tdpo2, {"beta": 0.5}, 0.5 * 1.5, 0.5 * -0.5),  # and the KL, whatever alpha
+        (simpo, {"beta": 2.0}, 2 * -2, 2 * -3),  # log-probs a token
+        (orpo, {}, -2, -3),
+        (cpo, {"beta": 0.5}, 0.5 * -4, 0.5 * -9),  # it compares sums: the one length is for its NLL
+    ],
+)
+def test_implicit_rewards_by_hand(world, loss, options, chosen, rejected):
+    reference = world.shop.reference()
+    goal = PairObjective(reference, loss, options, world.pad, reference)
+    kept = {name: value for name, value in READ.items() if "kl" not in name or loss is tdpo2}
+    sums = goal._sums(kept)
+    expected = {"accuracy": 1.0, "margin": chosen - rejected, "chosen": chosen, "rejected": rejected}
+    if loss is tdpo2:
+        expected |= {"chosen_kl": 0.5, "rejected_kl": 1.5}
+    assert sums == pytest.approx(expected, abs=1e-6)
+
+
+# --- the cache ----------------------------------------------------------------------------------------
+
+
+def trained(world, nudged, folder, cache: ReferenceCache | None, rows=None) -> tuple[list[Any], list[int]]:
+    """Loss and weights after two epochs of DPO, and the passes of its reference."""
+    goal = objective(world, nudged, dpo)
+    goal.cache = cache
+    seen = calls(goal.reference)
+    training = Supervised(lr=1e-3, batch=4, epochs=2)
+    log, progress = RunLog(folder), Progress(enabled=False)
+    rows = world.rows.pairs[:8] if rows is None else rows
+    fit("s", goal, rows, training, seed=0, runtime=world.runtime, log=log, progress=progress)
+    return [p.detach() for p in goal.role.parameters()], seen
+
+
+def test_the_cache_changes_nothing_and_spares_the_second_epoch(world, nudged, tmp_path):
+    plain, passes = trained(world, nudged, tmp_path / "plain", None)
+    assert len(passes) == 4  # two steps an epoch
+    cache = ReferenceCache(tmp_path / "made" / "reference.safetensors", "one")
+    cached, passes = trained(world, nudged, tmp_path / "cached", cache)
+    assert len(passes) == 2
+    for a, b in zip(cached, plain, strict=True):
+        assert_close(a, b, atol=1e-6, rtol=1e-5)
+    cache.save(world.runtime)
+    assert [path.name for path in cache.path.parent.iterdir()] == ["reference.safetensors"]
+
+    again = ReferenceCache(cache.path, "one")  # the next run
+    assert again.known == cache.known and len(again.known) == 16
+    _, passes = trained(world, nudged, tmp_path / "again", again)
+    assert passes == []
+    _, passes = trained(world, nudged, tmp_path / "other", ReferenceCache(cache.path, "two"))
+    assert len(passes) == 2  # another reference
+
+
+def test_the_cache_knows_the_border_between_prompt_and_answer(tmp_path):
+    cache = ReferenceCache(tmp_path / "c", "one")
+    values = iter([-1.0, -2.0, -3.0])
+    for ids in (([1, 2], [3]), ([1], [2, 3]), ([1, 2], [3, 0])):
+        cache.sums([ids], lambda: torch.tensor([next(values)]))
+    assert cache.sums([([1], [2, 3]), ([1, 2], [3])], lambda: torch.full((2,), math.nan)).tolist() == [-2.0, -1.0]
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"), [(tdpo2, "reads the reference's whole distribution"), (simpo, "simpo reads no reference")]
+)
+def test_losses_that_cannot_use_a_cache_refuse_it(world, tmp_path, loss, message):
+    reference = world.shop.reference()
+    with pytest.raises(ValueError, match=message):
+        PairObjective(reference, loss, {}, world.pad, reference, ReferenceCache(tmp_path / "c", "one"))
+
+
+def test_a_file_that_is_no_cache_is_told(tmp_path):
+    path = tmp_path / "c.safetensors"
+    path.write_bytes(b"not safetensors at all")
+    with pytest.raises(ValueError, match="is no cache of reference log-probs .*: delete it"):
+        ReferenceCache(path, "one")
+
+
+def test_a_fingerprint_is_of_the_weights_that_act(world, nudged):
+    plain = fingerprint(world.shop.reference())
+    assert fingerprint(world.shop.reference()) == plain
+    shop = world.shop_of(lora=Lora(r=4, alpha=8))
+    base = fingerprint(shop.reference())
+    adapter = shop.new_policy("guide")
+    assert fingerprint(shop.reference()) == base  # an adapter that does not act changes nothing
+    fresh = fingerprint(adapter)
+    nudged(adapter)
+    assert fingerprint(shop.reference()) == base
+    assert len({fresh, fingerprint(adapter), base}) == 3
+    moved = nudged(world.shop.new_policy("guide"))
+    assert fingerprint(moved) != plain
