@@ -72,8 +72,7 @@ def test_cutoff_zero_means_tokens():
 
 def test_no_cutoff_means_whole_answers():
     ends = segment_ends(ENTROPY, MASK, FINISHED, None)
-    assert torch.equal(ends, bools([[0, 0, 0, 0, 0, 1], [1, 0, 0, 0, 0, 0], [0, 0, 0, 1, 0, 0], [0, 1, 0, 0, 0, 0]] +
-                                   [[1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]]))  # fmt: skip
+    assert ends.nonzero().tolist() == [[0, 5], [1, 0], [2, 3], [3, 1], [4, 0]]
     assert torch.equal(ends, last_token(MASK))
 
 
@@ -155,7 +154,7 @@ def slowly(entropy: Tensor, mask: Tensor, finished: Tensor, cutoff: float | None
 
 @pytest.mark.parametrize("cutoff", [None, 0, 0.7, 1.75, 100.0])
 def test_agrees_with_a_loop_on_ragged_batches(cutoff, generator):
-    for _ in range(20):
+    for _ in range(5):
         mask = mask_of(torch.randint(0, 25, (9,), generator=generator).tolist(), 24)
         finished = (torch.rand(9, generator=generator) < 0.6) & mask.any(-1)
         entropy = torch.where(mask, 3 * torch.rand(9, 24, generator=generator), NAN)

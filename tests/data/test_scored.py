@@ -66,8 +66,9 @@ def test_layouts(tmp_path, record, prompt, answers, scores):
         ({"answers": "hello"}, "wrong_type", "answers is str, not a list"),
         ({"answers": ["hello", 3]}, "wrong_type", "number 2 of answers is 3, not text"),
         ({"answers": ["hello", " "]}, "empty_answer", "number 2 of answers is empty"),
-        ({"answers": ["hello", [*HELLO, GOOD]], "prompt": HELLO[:0]}, "missing_field", "prompt"),
-        ({"answers": [[*HELLO, GOOD], [GOOD]]}, "roles_out_of_order", ""),
+        ({"answers": ["hello", [{"role": "user", "content": "bye"}, GOOD]]}, "prompts_differ", "number 2 of answers"),
+        ({"answers": [[*HELLO, GOOD], [GOOD]]}, "prompts_differ", "do not share everything but the last answer"),
+        ({"answers": ["hello", HELLO]}, "roles_out_of_order", "number 2 of answers ends with user"),
         ({"prompt": " "}, "empty_prompt", "the prompt is empty"),
         ({"prompt": None}, "missing_field", "prompt (only whole conversations go without"),
         ({"scores": None, "completion": None}, "missing_field", "scores"),
@@ -104,14 +105,18 @@ def test_an_unknown_layout_is_told(tmp_path):
 
 @pytest.fixture(scope="module")
 def encoder() -> Encoder:
-    config = build({"model": {"type": "scratch"}, "data": {"type": "world"}, "evaluation": {"oracle": {"type": "world"}}})
+    config = build(
+        {"model": {"type": "scratch"}, "data": {"type": "world"}, "evaluation": {"oracle": {"type": "world"}}}
+    )
     return Encoder(make_tokenizer(config, None), max_prompt=16, max_response=4)
 
 
 def test_encoding(encoder):
     words = [word for word in encoder.tokenizer.get_vocab() if word.isalpha()]
     short, long = words[0], " ".join(words[:6])
-    loaded = Loaded("f", [TextScored(1, words[1], [short, long], [1.0, 2.0]), TextScored(2, words[1], [short] * 2, [1, 1])])
+    loaded = Loaded(
+        "f", [TextScored(1, words[1], [short, long], [1.0, 2.0]), TextScored(2, words[1], [short] * 2, [1, 1])]
+    )
     first, second = encode_scored(encoder, loaded).rows
     assert first.prompt == encoder.prompt(words[1]) and first.prompt_text == words[1]
     assert first.answers[0] == encoder.answer(words[1], short)[0] and first.answers[0][-1] == encoder.end
@@ -123,7 +128,9 @@ def test_encoding(encoder):
 def test_a_row_with_one_answer_that_has_no_tokens_is_rejected(encoder):
     word = next(word for word in encoder.tokenizer.get_vocab() if word.isalpha())
     end = encoder.tokenizer.convert_ids_to_tokens(encoder.end)
-    out = encode_scored(encoder, Loaded("f", [TextScored(3, word, [word], [1]), TextScored(4, word, [word, end], [1, 0])]))
+    out = encode_scored(
+        encoder, Loaded("f", [TextScored(3, word, [word], [1]), TextScored(4, word, [word, end], [1, 0])])
+    )
     assert [row.row for row in out.rows] == [3]
     assert [(bad.row, bad.reason) for bad in out.rejected] == [(4, "empty_answer")]
 

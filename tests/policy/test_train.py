@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch.testing import assert_close
 
 from rto import rewards
 from rto.advantages import gae
-from rto.batch import Signals
+from rto.batch import Completions, Prompts, Signals
 from rto.config import Policy, Supervised
 from rto.data.rows import make_rows, make_tokenizer
 from rto.models.checkpoint import ScorerNotes, save_role
@@ -22,11 +21,15 @@ from rto.models.role import Backbone, Role
 from rto.models.runtime import Runtime
 from rto.models.workshop import Workshop
 from rto.optim import Optimizer
-from rto.policy.kl import KlController
-from rto.policy.train import Buffer, RlState, Roles, _advantages, _prompts_of, _reward_metrics, rollout, train, update
-from rto.preferences.train import SftObjective, fit
+from rto.policy.metrics import reward_metrics
+from rto.policy.rollout import Draw, draw, prompts_of
+from rto.policy.train import _advantages, train
+from rto.policy.update import Buffer, Learner, update
+from rto.preferences.objectives import SftObjective
+from rto.preferences.train import fit
 from rto.recipe import build
 from rto.report.log import Progress, RunLog, read_metrics, read_samples
+from rto.rollouts.signals import Reader, Scorer
 from rto.seeds import global_torch
 
 TERMINAL: dict[str, Any] = {"type": "terminal", "scale": 1.0, "clip": 10.0}
@@ -65,17 +68,25 @@ def moved(role: Role, name: str, by: float = 0.05) -> Role:
     return role
 
 
-def roles_of(world, guide: bool = True, **changes) -> Roles:
+def roles_of(world, guide: bool = True, **changes) -> SimpleNamespace:
     """Fresh roles, the same weights every time; policy and reference are one model."""
     shop = world.shop
-    roles = Roles(
-        shop.new_policy("policy"),
-        shop.reference(),
-        moved(shop.new_scorer("critic", None), "critic"),
-        moved(shop.new_policy("guide"), "guide") if guide else None,
-        moved(shop.new_scorer("scorer", None), "scorer"),
-    )
-    return replace(roles, **changes)
+    roles = {
+        "policy": shop.new_policy("policy"),
+        "reference": shop.reference(),
+        "critic": moved(shop.new_scorer("critic", None), "critic"),
+        "guide": moved(shop.new_policy("guide"), "guide") if guide else None,
+        "scorer": moved(shop.new_scorer("scorer", None), "scorer"),
+        "notes": None,
+        "moving": None,
+    }
+    return SimpleNamespace(**(roles | changes))
+
+
+def reader_of(world, roles: SimpleNamespace, config: Policy, terms) -> Reader:
+    scorer = None if roles.scorer is None else Scorer(roles.scorer, notes=roles.notes)
+    found = {"guide": roles.guide, "scorer": scorer, "moving": roles.moving, "temperature": config.temperature}
+    return Reader(terms, roles.reference, world.encoder, config.reading_tokens, **found)
 
 
 def settings(**changes) -> Policy:
@@ -84,10 +95,11 @@ def settings(**changes) -> Policy:
     return Policy.model_validate(base | changes)
 
 
-def run(world, folder, roles: Roles, config: Policy, terms, seed: int = 0, **more) -> list[dict[str, Any]]:
+def run(world, folder, roles: SimpleNamespace, config: Policy, terms, seed: int = 0, **more) -> list[dict[str, Any]]:
     """The logged metrics of one training."""
-    told = {"encoder": world.encoder, "runtime": world.runtime, "progress": Progress(enabled=False), **more}
-    train("rl", roles, world.prompts, config, terms, seed=seed, log=RunLog(folder), **told)
+    told = {"runtime": world.runtime, "progress": Progress(enabled=False), **more}
+    reader = reader_of(world, roles, config, terms)
+    train("rl", roles.policy, roles.critic, reader, world.prompts, config, seed=seed, log=RunLog(folder), **told)
     return [
         {key: value for key, value in row.items() if key != "tokens_per_second"} for row in read_metrics(folder, "rl")
     ]
@@ -97,9 +109,9 @@ def weights(role: Role) -> list[torch.Tensor]:
     return [p.detach().clone() for p in role.parameters()]
 
 
-def rolled(world, roles: Roles, config: Policy, terms=RTO, iteration: int = 0):
-    asked = world.prompts[: config.rollouts]
-    return rollout(roles, asked, config, terms, iteration, world.encoder, 0, world.runtime)
+def rolled(world, roles: SimpleNamespace, config: Policy, terms=RTO) -> Draw:
+    reader = reader_of(world, roles, config, terms)
+    return draw(roles.policy, roles.critic, reader, world.prompts, config, 0, 0, world.runtime, greedy=False)
 
 
 # --- identities ---------------------------------------------------------------------------------------
@@ -146,20 +158,31 @@ def test_sampling_and_scoring_use_one_temperature(world, tmp_path, temperature):
 def test_micro_batches_change_nothing(world, reduction):
     config = settings(rollouts=8, batch=4, updates=2, reduction=reduction)
     found = []
-    completions, signals, values = rolled(world, roles_of(world), config)
-    total, _ = rewards.total(RTO, signals, 0.1)
-    advantages, returns = _advantages(config, total, values, signals)
-    buffer = Buffer(completions, signals.logprobs, values, advantages, returns)
+    drawn = rolled(world, roles_of(world), config)
+    signals, completions = drawn.signals, drawn.completions
+    total, parts = rewards.total(RTO, signals, 0.1)
+    advantages, returns = _advantages(config, total, parts["kl"], drawn)
+    buffer = Buffer(
+        completions,
+        signals.logprobs,
+        signals.reference,
+        drawn.values,
+        advantages,
+        returns,
+        total.sum(-1),
+        drawn.group,
+    )
     assert len(set(completions.lengths.tolist())) > 1
     for micro_tokens in (1_000_000, 1):
         roles = roles_of(world)
         cut = config.model_copy(update={"micro_tokens": micro_tokens})
-        state = RlState(
+        learner = Learner(
+            roles.policy,
             Optimizer(roles.policy.parameters(), cut, cut.lr, 4),
+            roles.critic,
             Optimizer(roles.critic.parameters(), cut, cut.critic.lr, 4),
-            KlController(0.1),
         )
-        metrics = update(roles, buffer, cut, state, 0, world.runtime)
+        metrics = update(learner, buffer, cut, 0.1, 0, 0, world.runtime)
         found.append((metrics, weights(roles.policy) + weights(roles.critic)))
     (whole, after_whole), (alone, after_alone) = found
     assert alone == pytest.approx(whole, abs=1e-5)
@@ -170,13 +193,11 @@ def test_micro_batches_change_nothing(world, reduction):
 
 
 def test_rollouts_do_not_depend_on_micro_batches(world):
-    (c, signals, values), (other, other_signals, other_values) = (
-        rolled(world, roles_of(world), settings(micro_tokens=micro)) for micro in (1_000_000, 1)
-    )
-    assert torch.equal(c.ids, other.ids)
-    assert_close(signals.guide, other_signals.guide, atol=1e-5, rtol=0)
-    assert_close(signals.scores, other_signals.scores, atol=1e-5, rtol=0)
-    assert_close(values, other_values, atol=1e-5, rtol=0)
+    one, other = (rolled(world, roles_of(world), settings(micro_tokens=micro)) for micro in (1_000_000, 1))
+    assert torch.equal(one.completions.ids, other.completions.ids)
+    assert_close(one.signals.guide, other.signals.guide, atol=1e-5, rtol=0)
+    assert_close(one.signals.scores, other.signals.scores, atol=1e-5, rtol=0)
+    assert_close(one.values, other.values, atol=1e-5, rtol=0)
 
 
 # --- metrics by hand ----------------------------------------------------------------------------------
@@ -196,7 +217,7 @@ def test_reward_metrics_by_hand():
     # scores held within 2: 2 and -1;  KL: 0.5 + 0 + 1 = 1.5 and 0 + 2 = 2, times -0.1
     terms = [{"type": "implicit", "scale": 0.5, "clip": 0.4}, {"type": "terminal", "scale": 1.0, "clip": 2.0}]
     total, parts = rewards.total(terms, signals, 0.1)
-    found = _reward_metrics(terms, signals, total, parts)
+    found = reward_metrics(terms, signals, total, parts)
     mass = 1.45 + 3 + 0.35
     assert found == pytest.approx(
         {
@@ -227,7 +248,7 @@ def test_two_terms_of_one_type_have_a_clip_share_each():
     signals = Signals(mask, mask[:, 0], 0 * ones, 0 * ones, guide=ones)
     terms = [{"type": "implicit", "scale": 1.0, "clip": 0.5}, {"type": "implicit", "scale": 1.0, "clip": 2.0}]
     total, parts = rewards.total(terms, signals, 0.0)
-    found = _reward_metrics(terms, signals, total, parts)
+    found = reward_metrics(terms, signals, total, parts)
     assert found["reward_clip_share/implicit"] == 1.0
     assert found["reward_clip_share/implicit_1"] == 0.0
     assert found["reward_length_correlation/implicit"] == 0.0  # lengths do not vary
@@ -243,7 +264,7 @@ def test_the_metrics_of_a_training_are_its_terms(world, tmp_path):
     assert all(math.isfinite(value) for value in row.values() if not isinstance(value, str))
     samples = read_samples(tmp_path)
     assert len(samples) == 2
-    assert samples[0]["prompt"] == _prompts_of(world.prompts, 8, 0, 0)[0].text
+    assert samples[0]["prompt"] == prompts_of(world.prompts, 8, 0, 0)[0].text
 
 
 # --- the KL coefficient -------------------------------------------------------------------------------
@@ -298,8 +319,9 @@ def test_a_role_that_is_not_finite_is_named_before_anything_moves(world, tmp_pat
     with torch.no_grad():
         getattr(roles, role).parameters()[0].fill_(math.nan)
     before = weights(roles.policy) + weights(roles.critic)
-    row = _prompts_of(world.prompts, 8, 0, 0)[0].row
-    said = rf"^{signal} of rollout 0 in iteration 1 \(prompt of data row {row}\) is not finite$"
+    row = prompts_of(world.prompts, 8, 0, 0)[0].row
+    place = "" if signal == "scores" else ", token 0"
+    said = rf"^{signal} of answer 0{place} of iteration 1 \(prompt of data row {row}\) is not finite$"
     with pytest.raises(FloatingPointError, match=said):
         run(world, tmp_path, roles, settings(), RTO)
     assert_close(weights(roles.policy) + weights(roles.critic), before, rtol=0, atol=0, equal_nan=True)
@@ -309,13 +331,13 @@ def test_a_role_that_is_not_finite_is_named_before_anything_moves(world, tmp_pat
 def test_the_row_that_is_not_finite_is_named(world):
     config = settings()
     roles = roles_of(world)
-    ids = rolled(world, roles, config)[0].ids
+    ids = rolled(world, roles, config).completions.ids
     odd = next(i for i in range(8) if any(token not in ids[:i] for token in ids[i].tolist()) and i > 0)
     word = next(token for token in ids[odd].tolist() if token not in ids[:odd])
     assert roles.scorer is not None
     with torch.no_grad():
         roles.scorer.parameters()[0][word] = math.inf  # the embedding of one word
-    with pytest.raises(FloatingPointError, match=f"^scores of rollout {odd} "):
+    with pytest.raises(FloatingPointError, match=f"^scores of answer {odd} "):
         rolled(world, roles, config)
 
 
@@ -324,13 +346,13 @@ def test_the_row_that_is_not_finite_is_named(world):
 
 def test_every_prompt_once_an_epoch(world):
     prompts = world.prompts[:10]
-    stream = [row.row for iteration in range(5) for row in _prompts_of(prompts, 6, iteration, seed=3)]
+    stream = [row.row for iteration in range(5) for row in prompts_of(prompts, 6, iteration, seed=3)]
     epochs = [stream[i : i + 10] for i in range(0, 30, 10)]
     assert all(sorted(epoch) == sorted(row.row for row in prompts) for epoch in epochs)
     assert epochs[0] != epochs[1]
-    again = [row.row for row in _prompts_of(prompts, 30, 0, seed=3)]
+    again = [row.row for row in prompts_of(prompts, 30, 0, seed=3)]
     assert again == stream  # one stream, however it is cut
-    assert [row.row for row in _prompts_of(prompts, 30, 0, seed=4)] != stream
+    assert [row.row for row in prompts_of(prompts, 30, 0, seed=4)] != stream
 
 
 @pytest.mark.parametrize(("epochs", "iterations"), [(0.1, 1), (1, 2), (1.25, 3), (2, 4)])
@@ -343,28 +365,31 @@ def test_advantages_are_whitened_over_the_buffer():
     mask = torch.tensor([[True, True, True], [True, False, False]])
     reward, values = torch.tensor([[0.0, 1.0, 2.0], [4.0, 9.0, 9.0]]), torch.tensor([[1.0, 0.5, 0.0], [1.0, 9.0, 9.0]])
     signals = Signals(mask, mask[:, 0], 0 * reward, 0 * reward)
+    group, ids = torch.arange(2), torch.zeros(2, 3, dtype=torch.long)
+    completions = Completions(Prompts(ids, mask), ids, mask, mask[:, 0])
+    drawn = Draw([], completions, signals, values, group, 0 * reward, 0)
     raw, returns = gae(reward, values, mask, gamma=1.0, lam=0.5)
     config = settings(advantage={"type": "gae", "gamma": 1.0, "lam": 0.5})
-    white, same = _advantages(config, reward, values, signals)
+    white, same = _advantages(config, reward, 0 * reward, drawn)
     assert torch.equal(same, returns)
     inside = raw[mask]
     assert_close(white[mask], (inside - inside.mean()) / inside.std(correction=0))
     assert white[mask].mean().item() == pytest.approx(0.0, abs=1e-6)
     assert (white[~mask] == 0).all()
-    plain, _ = _advantages(config.model_copy(update={"whiten": False}), reward, values, signals)
+    plain, _ = _advantages(config.model_copy(update={"whiten": False}), reward, 0 * reward, drawn)
     assert torch.equal(plain, raw)
 
 
 def test_scores_are_normalised_by_the_notes(world):
     config = settings()
-    raw = rolled(world, roles_of(world), config)[1].scores
-    noted = rolled(world, roles_of(world, notes=ScorerNotes(mean=2.0, std=0.5, accuracy=1.0, pairs=4)), config)[1]
+    raw = rolled(world, roles_of(world), config).signals.scores
+    noted = rolled(world, roles_of(world, notes=ScorerNotes(mean=2.0, std=0.5, accuracy=1.0, pairs=4)), config).signals
     assert raw is not None
     assert raw.std() > 0
     assert_close(noted.scores, (raw - 2.0) / 0.5)
 
 
 def test_no_scorer_no_scores(world):
-    signals = rolled(world, roles_of(world, scorer=None), settings(), [IMPLICIT])[1]
+    signals = rolled(world, roles_of(world, scorer=None), settings(), [IMPLICIT]).signals
     assert signals.scores is None
     assert signals.guide is not None

@@ -95,7 +95,8 @@ FURTHER: dict[str, list[dict[str, Any]]] = {
     "bradley_terry": [{"use_margin": True}, {"centre": 0.01}],
 }
 CASES = [(name, options) for name in LOSSES for options in [{}, *FURTHER.get(name, [])]]
-COUNTS = {"chosen_length", "rejected_length", "lengths", "there"}  # no gradient is asked for
+LENGTHS = {"chosen_length", "rejected_length", "lengths"}
+DATA = LENGTHS | {"there", "scores"}  # no gradient is asked for
 DETACHED = {"tdpo2": {"chosen_kl"}, "kto": {"baseline"}}
 
 every_case = pytest.mark.parametrize(("name", "options"), CASES, ids=[f"{n}-{o or 'default'}" for n, o in CASES])
@@ -111,7 +112,7 @@ def inputs_of(name: str) -> dict[str, Tensor]:
 
 
 def differentiable(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key: x if key in COUNTS else x.clone().requires_grad_() for key, x in inputs.items()}
+    return {key: x if key in DATA else x.clone().requires_grad_() for key, x in inputs.items()}
 
 
 # --- the table ----------------------------------------------------------------------------------------
@@ -156,7 +157,7 @@ def test_positional_as_the_loop_calls_it(name, options):
 def test_gradient_is_that_of_the_numbers(name, options):
     """Absent answers hold NaN here: their gradient must be 0."""
     inputs = {key: x if key == "there" else x.double() for key, x in inputs_of(name).items()}
-    moved = [key for key in inputs if key not in COUNTS | DETACHED.get(name, set())]
+    moved = [key for key in inputs if key not in DATA | DETACHED.get(name, set())]
 
     def loss(*values: Tensor) -> Tensor:
         return LOSSES[name](**inputs | dict(zip(moved, values, strict=True)), **options)
@@ -176,7 +177,7 @@ def test_what_is_detached_has_no_gradient(name, key):
 
 FAR = [-1e4, -1e3, -1.0, 0.0, 1e3]  # as far out as log-probs, scores and margins may ever get
 FAR_OF = {
-    **dict.fromkeys(COUNTS, [1.0, 7.0, 1e4]),
+    **dict.fromkeys(LENGTHS, [1.0, 7.0, 1e4]),
     **dict.fromkeys(("chosen_kl", "rejected_kl"), [0.0, 1.0, 1e4]),
 }
 

@@ -102,7 +102,7 @@ def test_statistics_by_location():
     got = fit(values, where, 0.1)
     assert got.locations == pytest.approx([0.333, 0.5, 0.667, 1.0])
     assert got.means == pytest.approx([2.5, 3.0, 2.0, 19 / 3])
-    assert got.stds == pytest.approx([1.5, 0.0, 0.0, math.sqrt((1 + 16 + 25) / 9)])
+    assert got.stds == pytest.approx([1.5, 0.0, 0.0, math.sqrt((1 + 16 + 25) / 9 / 3)])
     assert got.counts == [2, 1, 1, 3]
     assert (got.answers, got.segments, got.floor) == (3, 7, 0.1)
 

@@ -23,7 +23,7 @@ def call(function, name: str = "mine:reward") -> torch.Tensor:
 
 def same(found: torch.Tensor, expected: list[list[float]]) -> None:
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found, torch.tensor(expected), equal_nan=True)
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float32), equal_nan=True)
 
 
 # --- what a function may return -----------------------------------------------------------------------

@@ -40,6 +40,11 @@ def role(seed: int = 0, end_bias: float = 1.0, v: int = V, cls=hf.LlamaForCausal
     return Role(Backbone(network, "tiny", None, torch.float32))
 
 
+def unlike() -> Role:
+    """A reference that ends less readily than the guide."""
+    return role(1, end_bias=-2.0)
+
+
 def search(guide: Role, rows: list[int] | None = None, **changes):
     rows = list(range(len(PROMPTS))) if rows is None else rows
     return beam_search(guide, [PROMPTS[i] for i in rows], **({"limit": 6, "end": END, "pad": PAD} | changes))
@@ -50,23 +55,24 @@ def texts(found: Completions) -> list[list[int]]:
 
 
 @torch.no_grad()
-def following(policy: Role, ids: list[int]) -> torch.Tensor:
-    """Log-probs of the token after ``ids``: no cache, no padding, no batch."""
-    return policy.activate().network(input_ids=torch.tensor([ids])).logits[0, -1].float().log_softmax(-1)
+def following(policy: Role, ids: list[list[int]]) -> torch.Tensor:
+    """Log-probs of the token after each of ``ids``, which are equally long: no cache and no padding."""
+    return policy.activate().network(input_ids=torch.tensor(ids)).logits[:, -1].float().log_softmax(-1)
 
 
 def plain(guide: Role, prompt: list[int], beams: int, reference: Role | None, norm: bool, limit: int):
-    """The search as the docstring tells it, one beam at a time and always to the limit."""
+    """The search as the docstring tells it, one prompt at a time and always to the limit."""
     live: list[tuple[float, list[int]]] = [(0.0, [])]
     done = []
     for t in range(1, limit + 1):
         grown = []
-        for total, text in live:
-            gains = following(guide, prompt + text)
-            tokens = gains.topk(min(2 * beams, len(gains))).indices.tolist()
-            if reference is not None:
-                gains = gains - following(reference, prompt + text)
-            grown += [(total + gains[token].item(), [*text, token]) for token in tokens]
+        ids = [prompt + text for _, text in live]
+        gains = following(guide, ids)
+        likely = gains.topk(min(2 * beams, gains.shape[1])).indices.tolist()
+        if reference is not None:
+            gains = gains - following(reference, ids)
+        for (total, text), tokens, gain in zip(live, likely, gains.tolist(), strict=True):
+            grown += [(total + gain[token], [*text, token]) for token in tokens]
         grown.sort(reverse=True)
         done += [(s / (t if norm else 1), text) for s, text in grown[:beams] if text[-1] == END or t == limit]
         live = [(s, text) for s, text in grown if text[-1] != END][:beams]
@@ -87,7 +93,7 @@ def score_of(found: Completions, guide: Role, reference: Role | None, norm: bool
 @pytest.mark.parametrize("beams", [1, 2, 5])
 def test_as_a_plain_search(beams, score, norm):
     guide = role()
-    reference = role(1) if score == "implicit" else None
+    reference = unlike() if score == "implicit" else None
     found, scores = search(guide, beams=beams, score=score, reference=reference, length_norm=norm)
     assert found.ids.shape == (len(PROMPTS), 6) and scores.dtype == torch.float32
     for i, (prompt, text) in enumerate(zip(PROMPTS, texts(found), strict=True)):
@@ -135,7 +141,7 @@ def test_more_beams_find_likelier_answers():
 
 
 def test_ends():
-    found, _ = search(role(), limit=4, beams=3, score="implicit", reference=role(1))
+    found, _ = search(role(), limit=4, beams=3, score="implicit", reference=unlike())
     assert found.finished.any() and not found.finished.all() and len(set(found.lengths.tolist())) > 1
     for ids, mask, finished in zip(found.ids, found.mask, found.finished, strict=True):
         length = int(mask.sum())
@@ -159,7 +165,7 @@ def test_a_sliding_window_changes_nothing():
     ids=["alone", "reversed", "odd", "a row a batch", "a few rows a batch"],
 )
 def test_a_row_is_the_same_in_any_company(score, rows, budget):
-    guide, options = role(), {"score": score, "reference": role(1) if score == "implicit" else None, "beams": 3}
+    guide, options = role(), {"score": score, "reference": unlike() if score == "implicit" else None, "beams": 3}
     whole, scores = search(guide, **options)
     found, again = search(guide, rows, budget=budget, **options)
     rows = list(range(len(PROMPTS))) if rows is None else rows
@@ -178,7 +184,7 @@ def test_beams_count_against_the_budget():
 
 def test_rows_leave_when_nothing_can_be_better():
     """Log-probs only fall, so a sure answer ends the search; log-ratios may rise again, so theirs goes on."""
-    guide, reference = role(end_bias=50.0), role(1)
+    guide, reference = role(end_bias=50.0), unlike()
     steps: list[int] = []
     guide.backbone.network.model.layers[0].register_forward_pre_hook(lambda _, args: steps.append(len(args[0])))
     found, _ = search(guide, limit=12)
@@ -228,7 +234,7 @@ def test_a_token_that_both_models_find_impossible_is_left_alone():
 
 def test_log_probs_without_a_number():
     never = biased(0, 7, -torch.inf)  # impossible to the guide: not an answer, no matter how wide the beam is
-    found, scores = search(never, beams=V, limit=2, score="implicit", reference=role(1))
+    found, scores = search(never, beams=V, limit=2, score="implicit", reference=unlike())
     assert not (found.ids == 7).any() and scores.isfinite().all()
     with pytest.raises(ValueError, match="prompt 1 has score inf"):
         search(role(), beams=V, limit=2, score="implicit", reference=biased(1, 7, -torch.inf))
@@ -242,7 +248,7 @@ def test_log_probs_without_a_number():
         ({"beams": 0}, "at least 1 .given: 0 and 6"),
         ({"limit": 0}, "at least 1 .given: 5 and 0"),
         ({"score": "implicit"}, "score = 'implicit': known are"),
-        ({"reference": role(1)}, "score = 'policy': known are"),
+        ({"reference": unlike()}, "score = 'policy': known are"),
     ],
 )
 def test_refuses(changes, said):

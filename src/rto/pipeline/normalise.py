@@ -108,4 +108,3 @@ def _sampled(job: Job, settings: Reward, reference: Role) -> Completions:
         pad=rows.encoder.pad,
         budget=settings.reading_tokens,
     ).completions
-

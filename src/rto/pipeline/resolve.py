@@ -106,6 +106,11 @@ def check_policy(config: Config, policy: Policy, terms: list[Spec], where: str) 
         if policy.kl.place == "loss":
             raise ValueError(f"{where}.loss has the KL inside: set {where}.kl.place = 'reward'")
     estimator = ADVANTAGES.get(policy.advantage.get("type", "gae"))
+    if policy.advantage.get("type") == "remax" and (policy.reward_scaling != "none" or policy.reward_clip is not None):
+        raise ValueError(
+            f"{where}.advantage remax compares rewards with the greedy answer's, which are not scaled: leave out "
+            f"{where}.reward_scaling and {where}.reward_clip"
+        )
     if estimator is not None and policy.group < estimator.group:
         named = policy.advantage["type"]
         raise ValueError(f"{where}.advantage {named} compares answers to the same prompt: set {where}.group = 4, say")

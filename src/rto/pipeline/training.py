@@ -23,7 +23,7 @@ from rto.models.workshop import Workshop, verify
 from rto.pipeline.job import Job
 from rto.pipeline.normalise import read_normaliser
 from rto.policy import train as rl_loop
-from rto.preferences import PREFERENCE_LOSSES, REWARD_LOSSES
+from rto.preferences import PREFERENCE_LOSSES, REWARD_LOSSES, rebel
 from rto.preferences.cache import ReferenceCache, fingerprint
 from rto.preferences.objectives import PairObjective, SftObjective
 from rto.preferences.rounds import copy_weights, fit_rounds
@@ -58,6 +58,8 @@ def prefer(job: Job, stage: str, settings: Prefer) -> str:
     held_out: Sequence[Any] = rows.test_pairs
     if reads_groups(loss):
         read, held_out = rows.scored or scored_from_pairs(rows.pairs), scored_from_pairs(rows.test_pairs)
+    elif loss is rebel or settings.loss.get("use_margin"):
+        need_margins(rows.pairs, f"{stage}: the loss {settings.loss['type']}")
     cache = None
     if settings.cache_reference:
         cache = ReferenceCache(job.folder / "reference_cache.safetensors", fingerprint(reference))
@@ -103,6 +105,8 @@ def oracle(job: Job) -> str:
 def _scorer(job: Job, stage: str, settings: Reward, pairs: Sequence[PairRow], seed: int) -> str:
     """Its mean and std over the held-out answers are stored with it."""
     rows, shop = job.rows, job.workshop(seed)
+    if settings.loss.get("use_margin"):
+        need_margins(pairs, f"{stage}: use_margin")
     role = shop.new_scorer(stage.replace("/", "_"), settings.model)
     if settings.cutoff is not None:
         role = SegmentScorer(role, shop.reference(), settings.cutoff)
@@ -118,6 +122,15 @@ def _scorer(job: Job, stage: str, settings: Reward, pairs: Sequence[PairRow], se
         notes = ScorerNotes(scores.mean().item(), std, accuracy, len(rows.test_pairs), settings.cutoff)
         save_notes(job.folder / stage, notes)
     return stage
+
+
+def need_margins(pairs: Sequence[PairRow], who: str) -> None:
+    """Raises ValueError when no pair says how much better its chosen answer is."""
+    if all(pair.margin == 0 for pair in pairs):
+        raise ValueError(
+            f"{who} reads how much better the chosen answers are, and no pair says so: give the data the fields "
+            "chosen_score and rejected_score, or margin"
+        )
 
 
 def rl(job: Job, name: str, policy: Policy, terms: list[Spec]) -> str:

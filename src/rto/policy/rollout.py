@@ -67,16 +67,16 @@ def draw(
     parts = reader.read(made.completions, made.logprobs, policy, own)
     if critic is not None:
         parts["values"] = state_values(critic, made.completions, config.reading_tokens)
-    check_finite(parts, own, f"of iteration {iteration + 1}")
+    check_finite(parts, own, mine, f"of iteration {iteration + 1}")
     parts["ids"] = made.completions.ids
     parts = runtime.gather_rows(parts)
 
     shape = parts["ids"].shape
-    baseline = torch.zeros(shape)
+    baseline, gone = torch.zeros(shape), missing(parts)
     if greedy:
-        baseline = _greedy(policy, chosen, reader, config, encoder, seed, runtime)
-        baseline = baseline.repeat_interleave(config.group, 0)
-    gone = missing(parts)
+        found = _greedy(policy, chosen, reader, config, encoder, seed, runtime)
+        baseline = found["greedy"].repeat_interleave(config.group, 0)
+        gone |= found["missing"].repeat_interleave(config.group)
     if gone.float().mean() > config.max_missing:
         raise ValueError(
             f"iteration {iteration + 1}: {int(gone.sum())} of {len(gone)} answers have no reward, more than "
@@ -122,15 +122,15 @@ def _greedy(
     encoder: Encoder,
     seed: int,
     runtime: Runtime,
-) -> Float[Tensor, "P T"]:
-    """Reward-to-go, without KL, of the greedy answer to each prompt; 0 where its reward is missing."""
+) -> dict[str, Tensor]:
+    """``greedy`` [P, T]: reward-to-go, without KL, of the greedy answer to each prompt. ``missing`` [P]."""
     own = [asked[i] for i in runtime.share(list(range(len(asked))))]
     made = _answers(policy, own, [("greedy",)] * len(own), config, encoder, seed, 0.0)
     parts = reader.read(made.completions, made.logprobs, policy, own)
     signals = Signals(**{name: part.nan_to_num() if name in EXTERNAL else part for name, part in parts.items()})
     total, _ = rewards.total(reader.terms, signals, 0.0)
     found = held(to_go(total, signals.mask), signals.mask, total.shape[1])
-    return runtime.gather_rows({"greedy": found})["greedy"]
+    return runtime.gather_rows({"greedy": found, "missing": missing(parts)})
 
 
 def prompts_of(prompts: Sequence[PromptRow], count: int, iteration: int, seed: int) -> list[PromptRow]:

@@ -117,8 +117,9 @@ def _tokenwise_step(
         if config.kl.place == "loss":
             losses = losses + kl_coef * kl_loss(logprobs, part.reference, config.kl.estimator)
         with torch.no_grad():
-            moved = (ratios(logprobs, old) - 1).abs() > options.get("clip", math.inf)
-            sums = {"entropy": entropy.sum(), "policy/clip_share": (moved & mask).sum()}
+            ratio, clip = ratios(logprobs, old), options.get("clip", math.inf)
+            cut = (ratio > 1 + (options.get("clip_high") or clip)) | (ratio < 1 - clip)
+            sums = {"entropy": entropy.sum(), "policy/clip_share": (cut & mask).sum()}
             sums |= {"policy/moved": torch.where(mask, old - logprobs, 0.0).sum()}
             sums |= {"policy/sampler_gap": torch.where(mask, logprobs - part.logprobs, 0.0).abs().sum()}
         return reduce(losses, mask, config.reduction, total), {key: value.item() for key, value in sums.items()}
@@ -174,9 +175,7 @@ def _critic_step(learner: Learner, rows: Buffer, config: Policy, runtime: Runtim
     return {"value/loss": sums["loss"], "value/grad_norm": norm}
 
 
-def _ptx(
-    learner: Learner, config: Policy, seed: int, iteration: int, epoch: int, start: int, runtime: Runtime
-) -> Sums:
+def _ptx(learner: Learner, config: Policy, seed: int, iteration: int, epoch: int, start: int, runtime: Runtime) -> Sums:
     """Leave this process's gradient of ptx * (SFT loss of a batch of demonstrations) on the policy (PPO-max)."""
     objective = SftObjective(learner.policy, pad=0)  # padding is masked: any id will do
     rows = learner.demonstrations

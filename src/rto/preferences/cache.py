@@ -70,7 +70,8 @@ class ReferenceCache:
 def fingerprint(role: Role) -> str:
     """sha256 of everything that a role's log-probs depend on: its config, its precision and all of its weights."""
     backbone, found = role.backbone, hashlib.sha256()
-    found.update(f"{backbone.network.config.to_json_string()} {backbone.compute} {backbone.lora}".encode())
+    scale = backbone.lora if role.adapter is not None else None
+    found.update(f"{backbone.network.config.to_json_string()} {backbone.compute} {scale}".encode())
     weights = {
         name.replace(".base_layer.", "."): p for name, p in backbone.network.named_parameters() if ".lora_" not in name
     }

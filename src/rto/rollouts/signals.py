@@ -178,8 +178,9 @@ def missing(parts: dict[str, Any]) -> Bool[Tensor, " B"]:
     return gone
 
 
-def check_finite(parts: dict[str, Tensor], prompts: Sequence[PromptRow], when: str) -> None:
-    """Raises FloatingPointError that names signal, answer, token and data row; missing rewards are not meant."""
+def check_finite(parts: dict[str, Tensor], prompts: Sequence[PromptRow], numbers: Sequence[int], when: str) -> None:
+    """Raises FloatingPointError that names signal, answer (its number), token and data row; a missing reward is
+    none of these."""
     gone = missing(parts)
     for name, part in parts.items():
         if not part.dtype.is_floating_point:
@@ -190,7 +191,7 @@ def check_finite(parts: dict[str, Tensor], prompts: Sequence[PromptRow], when: s
             row, *token = (int(i) for i in bad.nonzero()[0])
             place = f", token {token[0]}" if token else ""
             raise FloatingPointError(
-                f"{name} of answer {row}{place} {when} (prompt of data row {prompts[row].row}) is not finite"
+                f"{name} of answer {numbers[row]}{place} {when} (prompt of data row {prompts[row].row}) is not finite"
             )
 
 
