@@ -17,6 +17,7 @@ from rto.data.sources import Loaded
 from rto.recipe import build
 
 HELLO = [{"role": "user", "content": "hi"}]
+BYE = [{"role": "user", "content": "bye"}]
 GOOD = {"role": "assistant", "content": "hello"}
 BAD = {"role": "assistant", "content": "go away"}
 LABELLED = {"prompt": "hi", "completion": "hello", "label": True}
@@ -66,8 +67,8 @@ def test_layouts(tmp_path, record, prompt, answers, scores):
         ({"answers": "hello"}, "wrong_type", "answers is str, not a list"),
         ({"answers": ["hello", 3]}, "wrong_type", "number 2 of answers is 3, not text"),
         ({"answers": ["hello", " "]}, "empty_answer", "number 2 of answers is empty"),
-        ({"answers": ["hello", [{"role": "user", "content": "bye"}, GOOD]]}, "prompts_differ", "number 2 of answers"),
-        ({"answers": [[*HELLO, GOOD], [GOOD]]}, "prompts_differ", "do not share everything but the last answer"),
+        ({"answers": ["hello", [*BYE, GOOD]]}, "prompts_differ", "number 2 of answers"),
+        ({"prompt": None, "answers": [[*HELLO, GOOD], [*BYE, GOOD]]}, "prompts_differ", "do not share everything"),
         ({"answers": ["hello", HELLO]}, "roles_out_of_order", "number 2 of answers ends with user"),
         ({"prompt": " "}, "empty_prompt", "the prompt is empty"),
         ({"prompt": None}, "missing_field", "prompt (only whole conversations go without"),
@@ -151,11 +152,11 @@ def test_held_out_prompts_stay_out(encoder, tmp_path):
     scored = [{"prompt": word, "completion": word, "label": True} for word in words]
     bad = {"prompt": words[0], "completion": "", "label": True}
     files = {"pairs": save(tmp_path / "pairs.jsonl", *pairs), "test": 0.25, "oracle": 0, "on_bad_row": "skip"}
-    config = build({"model": {"name": "none"}, "data": files})
+    config = build({"model": {"name": "any"}, "data": files})
     without = make_rows(config, encoder.tokenizer)
     assert without.scored == []
     files["scored"] = save(tmp_path / "scored.jsonl", *scored, bad)
-    rows = make_rows(build({"model": {"name": "none"}, "data": files}), encoder.tokenizer)
+    rows = make_rows(build({"model": {"name": "any"}, "data": files}), encoder.tokenizer)
     held_out = {row.prompt_text for row in rows.test_pairs}
     assert len(held_out) == 2
     assert [row.prompt_text for row in rows.scored] == [word for word in words if word not in held_out]
@@ -163,4 +164,4 @@ def test_held_out_prompts_stay_out(encoder, tmp_path):
     only = [{"prompt": word, "completion": word, "label": True} for word in held_out]
     files["scored"] = save(tmp_path / "only.jsonl", *only)
     with pytest.raises(ValueError, match=r"data\.scored = .*all of its prompts are held out"):
-        make_rows(build({"model": {"name": "none"}, "data": files}), encoder.tokenizer)
+        make_rows(build({"model": {"name": "any"}, "data": files}), encoder.tokenizer)

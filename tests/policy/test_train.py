@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,128 +12,40 @@ from torch.testing import assert_close
 from rto import rewards
 from rto.advantages import gae
 from rto.batch import Completions, Prompts, Signals
-from rto.config import Policy, Supervised
-from rto.data.rows import make_rows, make_tokenizer
-from rto.models.checkpoint import ScorerNotes, save_role
-from rto.models.load import scratch_network
-from rto.models.role import Backbone, Role
-from rto.models.runtime import Runtime
-from rto.models.workshop import Workshop
+from rto.models.checkpoint import ScorerNotes
 from rto.optim import Optimizer
 from rto.policy.metrics import reward_metrics
-from rto.policy.rollout import Draw, draw, prompts_of
-from rto.policy.train import _advantages, train
+from rto.policy.rollout import Draw, prompts_of
+from rto.policy.train import _advantages
 from rto.policy.update import Buffer, Learner, update
-from rto.preferences.objectives import SftObjective
-from rto.preferences.train import fit
-from rto.recipe import build
-from rto.report.log import Progress, RunLog, read_metrics, read_samples
-from rto.rollouts.signals import Reader, Scorer
-from rto.seeds import global_torch
+from rto.report.log import read_metrics, read_samples
 
 TERMINAL: dict[str, Any] = {"type": "terminal", "scale": 1.0, "clip": 10.0}
 IMPLICIT: dict[str, Any] = {"type": "implicit", "scale": 0.05, "clip": 0.05}
 PPO, RTO = [TERMINAL], [IMPLICIT, TERMINAL]
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """Rows of the tiny world and a workshop around a small model that has learned to stop now and then."""
-    scratch = {"type": "scratch", "hidden": 16, "layers": 1, "heads": 2, "intermediate": 16}
-    data = {"type": "world", "sft": 64, "pairs": 4, "prompts": 16, "test": 4, "max_response": 16}
-    config = build({"model": scratch, "data": data, "evaluation": {"oracle": {"type": "world"}}})
-    tokenizer = make_tokenizer(config, None)
-    rows = make_rows(config, tokenizer)
-    network = scratch_network(config.model, tokenizer, rows.encoder.end, seed=0)
-    role, runtime, pad = Role(Backbone(network, "scratch", None, torch.float32)), Runtime("cpu"), rows.encoder.pad
-    log, quiet, folder = (
-        RunLog(tmp_path_factory.mktemp("log")),
-        Progress(enabled=False),
-        tmp_path_factory.mktemp("base"),
-    )
-    lessons = Supervised(lr=2e-2, batch=16, epochs=10)
-    fit("sft", SftObjective(role, pad), rows.answers, lessons, seed=0, runtime=runtime, log=log, progress=quiet)
-    folder = tmp_path_factory.mktemp("base")
-    save_role(role, folder, tokenizer, pad)
-    shop = Workshop(config.model, str(folder), tokenizer, runtime, 0)
-    return SimpleNamespace(prompts=rows.prompts, encoder=rows.encoder, shop=shop, runtime=runtime)
-
-
-def moved(role: Role, name: str, by: float = 0.05) -> Role:
-    """The role with noise on its weights, the same for the same name."""
-    with torch.no_grad(), global_torch(0, name):
-        for p in role.backbone.network.parameters():
-            p.add_(by * torch.randn_like(p))
-    return role
-
-
-def roles_of(world, guide: bool = True, **changes) -> SimpleNamespace:
-    """Fresh roles, the same weights every time; policy and reference are one model."""
-    shop = world.shop
-    roles = {
-        "policy": shop.new_policy("policy"),
-        "reference": shop.reference(),
-        "critic": moved(shop.new_scorer("critic", None), "critic"),
-        "guide": moved(shop.new_policy("guide"), "guide") if guide else None,
-        "scorer": moved(shop.new_scorer("scorer", None), "scorer"),
-        "notes": None,
-        "moving": None,
-    }
-    return SimpleNamespace(**(roles | changes))
-
-
-def reader_of(world, roles: SimpleNamespace, config: Policy, terms) -> Reader:
-    scorer = None if roles.scorer is None else Scorer(roles.scorer, notes=roles.notes)
-    found = {"guide": roles.guide, "scorer": scorer, "moving": roles.moving, "temperature": config.temperature}
-    return Reader(terms, roles.reference, world.encoder, config.reading_tokens, **found)
-
-
-def settings(**changes) -> Policy:
-    # eps = 1e-4: without it Adam blows the rounding of gradients that are zero in truth up to whole steps.
-    base = {"lr": 1e-3, "critic": {"lr": 1e-3}, "rollouts": 8, "batch": 8, "eps": 1e-4, "max_steps": 2, "epochs": 9}
-    return Policy.model_validate(base | changes)
-
-
-def run(world, folder, roles: SimpleNamespace, config: Policy, terms, seed: int = 0, **more) -> list[dict[str, Any]]:
-    """The logged metrics of one training."""
-    told = {"runtime": world.runtime, "progress": Progress(enabled=False), **more}
-    reader = reader_of(world, roles, config, terms)
-    train("rl", roles.policy, roles.critic, reader, world.prompts, config, seed=seed, log=RunLog(folder), **told)
-    return [
-        {key: value for key, value in row.items() if key != "tokens_per_second"} for row in read_metrics(folder, "rl")
-    ]
-
-
-def weights(role: Role) -> list[torch.Tensor]:
-    return [p.detach().clone() for p in role.parameters()]
-
-
-def rolled(world, roles: SimpleNamespace, config: Policy, terms=RTO) -> Draw:
-    reader = reader_of(world, roles, config, terms)
-    return draw(roles.policy, roles.critic, reader, world.prompts, config, 0, 0, world.runtime, greedy=False)
-
-
 # --- identities ---------------------------------------------------------------------------------------
 
 
 def test_rto_without_its_dense_term_is_ppo_to_the_bit(world, tmp_path):
-    config = settings(rollouts=8, batch=4, updates=2)
+    config = world.settings(rollouts=8, batch=4, updates=2)
     off = [IMPLICIT | {"scale": 0.0}, TERMINAL]
-    plain, dense = roles_of(world, guide=False), roles_of(world, guide=False)  # no guide, so no pass of it
-    first, second = run(world, tmp_path / "ppo", plain, config, PPO), run(world, tmp_path / "rto", dense, config, off)
+    plain, dense = world.roles(guide=None), world.roles(guide=None)  # no guide, so no pass of it
+    first, second = world.run(tmp_path / "ppo", plain, config, PPO), world.run(tmp_path / "rto", dense, config, off)
     assert first == second
     assert len(first) == 2
     for name in ("policy", "critic"):
-        assert_close(weights(getattr(plain, name)), weights(getattr(dense, name)), rtol=0, atol=0)
+        assert_close(world.weights(getattr(plain, name)), world.weights(getattr(dense, name)), rtol=0, atol=0)
 
-    full = roles_of(world)
-    third = run(world, tmp_path / "full", full, config, RTO)
+    full = world.roles()
+    third = world.run(tmp_path / "full", full, config, RTO)
     assert third[0]["length"] == first[0]["length"]  # the same draws
-    assert any((a != b).any() for a, b in zip(weights(full.policy), weights(plain.policy), strict=True))
+    assert any((a != b).any() for a, b in zip(world.weights(full.policy), world.weights(plain.policy), strict=True))
 
 
 def test_the_first_minibatch_has_ratio_one(world, tmp_path):
-    for row in run(world, tmp_path, roles_of(world), settings(updates=1, max_steps=3), RTO):
+    for row in world.run(tmp_path, world.roles(), world.settings(updates=1, max_steps=3), RTO):
         assert row["policy/clip_share"] == 0.0
         assert row["policy/moved"] == 0.0
         assert 0 <= row["policy/sampler_gap"] < 1e-5
@@ -142,23 +53,23 @@ def test_the_first_minibatch_has_ratio_one(world, tmp_path):
 
 
 def test_later_minibatches_see_a_policy_that_moved(world, tmp_path):
-    row = run(world, tmp_path, roles_of(world), settings(updates=2, max_steps=1, lr=1e-2), RTO)[0]
+    row = world.run(tmp_path, world.roles(), world.settings(updates=2, max_steps=1, lr=1e-2), RTO)[0]
     assert row["policy/moved"] != 0.0
     assert row["policy/sampler_gap"] < 1e-5  # of the first minibatch only
 
 
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
 def test_sampling_and_scoring_use_one_temperature(world, tmp_path, temperature):
-    row = run(world, tmp_path, roles_of(world), settings(temperature=temperature, max_steps=1), RTO)[0]
+    row = world.run(tmp_path, world.roles(), world.settings(temperature=temperature, max_steps=1), RTO)[0]
     assert row["policy/sampler_gap"] < 1e-5
     assert row["kl"] == pytest.approx(0.0, abs=1e-4)  # policy and reference are still one model
 
 
 @pytest.mark.parametrize("reduction", ["sequence", "token"])
 def test_micro_batches_change_nothing(world, reduction):
-    config = settings(rollouts=8, batch=4, updates=2, reduction=reduction)
+    config = world.settings(rollouts=8, batch=4, updates=2, reduction=reduction)
     found = []
-    drawn = rolled(world, roles_of(world), config)
+    drawn = world.draw(world.roles(), config, RTO)
     signals, completions = drawn.signals, drawn.completions
     total, parts = rewards.total(RTO, signals, 0.1)
     advantages, returns = _advantages(config, total, parts["kl"], drawn)
@@ -174,7 +85,7 @@ def test_micro_batches_change_nothing(world, reduction):
     )
     assert len(set(completions.lengths.tolist())) > 1
     for micro_tokens in (1_000_000, 1):
-        roles = roles_of(world)
+        roles = world.roles()
         cut = config.model_copy(update={"micro_tokens": micro_tokens})
         learner = Learner(
             roles.policy,
@@ -183,17 +94,17 @@ def test_micro_batches_change_nothing(world, reduction):
             Optimizer(roles.critic.parameters(), cut, cut.critic.lr, 4),
         )
         metrics = update(learner, buffer, cut, 0.1, 0, 0, world.runtime)
-        found.append((metrics, weights(roles.policy) + weights(roles.critic)))
+        found.append((metrics, world.weights(roles.policy) + world.weights(roles.critic)))
     (whole, after_whole), (alone, after_alone) = found
     assert alone == pytest.approx(whole, abs=1e-5)
     for a, b in zip(after_whole, after_alone, strict=True):
         assert_close(a, b, atol=1e-5, rtol=0)
-    start = weights(roles_of(world).policy)
+    start = world.weights(world.roles().policy)
     assert any((a - b).abs().max() > 1e-4 for a, b in zip(start, after_whole, strict=False))
 
 
 def test_rollouts_do_not_depend_on_micro_batches(world):
-    one, other = (rolled(world, roles_of(world), settings(micro_tokens=micro)) for micro in (1_000_000, 1))
+    one, other = (world.draw(world.roles(), world.settings(micro_tokens=micro), RTO) for micro in (1_000_000, 1))
     assert torch.equal(one.completions.ids, other.completions.ids)
     assert_close(one.signals.guide, other.signals.guide, atol=1e-5, rtol=0)
     assert_close(one.signals.scores, other.signals.scores, atol=1e-5, rtol=0)
@@ -255,7 +166,7 @@ def test_two_terms_of_one_type_have_a_clip_share_each():
 
 
 def test_the_metrics_of_a_training_are_its_terms(world, tmp_path):
-    row = run(world, tmp_path, roles_of(world), settings(max_steps=1), RTO, oracle=lambda p, c: [2.0] * len(p))[0]
+    row = world.run(tmp_path, world.roles(), world.settings(max_steps=1), RTO, oracle=lambda p, c: [2.0] * len(p))[0]
     for term in ("implicit", "terminal", "kl"):
         assert {f"reward/{term}", f"reward_share/{term}", f"reward_length_correlation/{term}"} <= set(row)
     assert row["reward/total"] == pytest.approx(sum(row[f"reward/{t}"] for t in ("implicit", "terminal", "kl")))
@@ -274,8 +185,8 @@ def test_the_metrics_of_a_training_are_its_terms(world, tmp_path):
 @pytest.mark.parametrize("target", [0.01, 1e6])
 def test_the_adaptive_coefficient_moves(world, tmp_path, unit, key, target):
     kl = {"coef": 0.1, "controller": "adaptive", "target": target, "unit": unit, "horizon": 100}
-    roles = roles_of(world, reference=moved(world.shop.reference(), "reference", 0.2))
-    first, second = run(world, tmp_path, roles, settings(kl=kl), RTO)
+    roles = world.roles(reference=world.moved(world.shop.reference(), "reference", 0.2))
+    first, second = world.run(tmp_path, roles, world.settings(kl=kl), RTO)
     assert first["kl"] > 0.01 * 10
     error = 0.2 if target == 0.01 else -0.2
     assert first["kl_coef"] == 0.1
@@ -285,9 +196,9 @@ def test_the_adaptive_coefficient_moves(world, tmp_path, unit, key, target):
 
 def test_the_unit_of_the_target_counts(world, tmp_path):
     def coefficients(unit: str, target: float) -> tuple[dict[str, Any], dict[str, Any]]:
-        roles = roles_of(world, reference=moved(world.shop.reference(), "reference", 0.2))
+        roles = world.roles(reference=world.moved(world.shop.reference(), "reference", 0.2))
         kl = {"coef": 0.1, "controller": "adaptive", "target": target, "unit": unit, "horizon": 100}
-        first, second = run(world, tmp_path / f"{unit}-{target}", roles, settings(kl=kl), RTO)
+        first, second = world.run(tmp_path / f"{unit}-{target}", roles, world.settings(kl=kl), RTO)
         return first, second
 
     first, _ = coefficients("sequence", 1.0)
@@ -298,7 +209,8 @@ def test_the_unit_of_the_target_counts(world, tmp_path):
 
 
 def test_a_fixed_coefficient_stays(world, tmp_path):
-    assert [row["kl_coef"] for row in run(world, tmp_path, roles_of(world), settings(max_steps=3), PPO)] == [0.01] * 3
+    rows = world.run(tmp_path, world.roles(), world.settings(max_steps=3), PPO)
+    assert [row["kl_coef"] for row in rows] == [0.01] * 3
 
 
 # --- what is not finite -------------------------------------------------------------------------------
@@ -315,30 +227,30 @@ def test_a_fixed_coefficient_stays(world, tmp_path):
     ],
 )
 def test_a_role_that_is_not_finite_is_named_before_anything_moves(world, tmp_path, role, signal):
-    roles = roles_of(world)
+    roles = world.roles()
     with torch.no_grad():
         getattr(roles, role).parameters()[0].fill_(math.nan)
-    before = weights(roles.policy) + weights(roles.critic)
+    before = world.weights(roles.policy) + world.weights(roles.critic)
     row = prompts_of(world.prompts, 8, 0, 0)[0].row
     place = "" if signal == "scores" else ", token 0"
     said = rf"^{signal} of answer 0{place} of iteration 1 \(prompt of data row {row}\) is not finite$"
     with pytest.raises(FloatingPointError, match=said):
-        run(world, tmp_path, roles, settings(), RTO)
-    assert_close(weights(roles.policy) + weights(roles.critic), before, rtol=0, atol=0, equal_nan=True)
+        world.run(tmp_path, roles, world.settings(), RTO)
+    assert_close(world.weights(roles.policy) + world.weights(roles.critic), before, rtol=0, atol=0, equal_nan=True)
     assert read_metrics(tmp_path) == []
 
 
 def test_the_row_that_is_not_finite_is_named(world):
-    config = settings()
-    roles = roles_of(world)
-    ids = rolled(world, roles, config).completions.ids
+    config = world.settings()
+    roles = world.roles()
+    ids = world.draw(roles, config, RTO).completions.ids
     odd = next(i for i in range(8) if any(token not in ids[:i] for token in ids[i].tolist()) and i > 0)
     word = next(token for token in ids[odd].tolist() if token not in ids[:odd])
     assert roles.scorer is not None
     with torch.no_grad():
         roles.scorer.parameters()[0][word] = math.inf  # the embedding of one word
     with pytest.raises(FloatingPointError, match=f"^scores of answer {odd} "):
-        rolled(world, roles, config)
+        world.draw(roles, config, RTO)
 
 
 # --- prompts, advantages, normaliser ------------------------------------------------------------------
@@ -357,8 +269,8 @@ def test_every_prompt_once_an_epoch(world):
 
 @pytest.mark.parametrize(("epochs", "iterations"), [(0.1, 1), (1, 2), (1.25, 3), (2, 4)])
 def test_epochs_count_prompts(world, tmp_path, epochs, iterations):
-    config = settings(epochs=epochs, max_steps=None)  # 16 prompts in eights
-    assert len(run(world, tmp_path, roles_of(world, guide=False), config, PPO)) == iterations
+    config = world.settings(epochs=epochs, max_steps=None)  # 16 prompts in eights
+    assert len(world.run(tmp_path, world.roles(guide=None), config, PPO)) == iterations
 
 
 def test_advantages_are_whitened_over_the_buffer():
@@ -369,7 +281,7 @@ def test_advantages_are_whitened_over_the_buffer():
     completions = Completions(Prompts(ids, mask), ids, mask, mask[:, 0])
     drawn = Draw([], completions, signals, values, group, 0 * reward, 0)
     raw, returns = gae(reward, values, mask, gamma=1.0, lam=0.5)
-    config = settings(advantage={"type": "gae", "gamma": 1.0, "lam": 0.5})
+    config = world.settings(advantage={"type": "gae", "gamma": 1.0, "lam": 0.5})
     white, same = _advantages(config, reward, 0 * reward, drawn)
     assert torch.equal(same, returns)
     inside = raw[mask]
@@ -381,15 +293,15 @@ def test_advantages_are_whitened_over_the_buffer():
 
 
 def test_scores_are_normalised_by_the_notes(world):
-    config = settings()
-    raw = rolled(world, roles_of(world), config).signals.scores
-    noted = rolled(world, roles_of(world, notes=ScorerNotes(mean=2.0, std=0.5, accuracy=1.0, pairs=4)), config).signals
+    config = world.settings()
+    raw = world.draw(world.roles(), config, RTO).signals.scores
+    noted = world.draw(world.roles(notes=ScorerNotes(mean=2.0, std=0.5, accuracy=1.0, pairs=4)), config, RTO).signals
     assert raw is not None
     assert raw.std() > 0
     assert_close(noted.scores, (raw - 2.0) / 0.5)
 
 
 def test_no_scorer_no_scores(world):
-    signals = rolled(world, roles_of(world, scorer=None), settings(), [IMPLICIT]).signals
+    signals = world.draw(world.roles(scorer=None), world.settings(), [IMPLICIT]).signals
     assert signals.scores is None
     assert signals.guide is not None

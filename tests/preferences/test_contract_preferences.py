@@ -17,6 +17,8 @@ from torch.nn.functional import pad
 from torch.testing import assert_close
 
 from rto.preferences import PREFERENCE_LOSSES, REWARD_LOSSES
+from rto.preferences.groups import READABLE_GROUP
+from rto.preferences.objectives import READABLE
 from rto.recipe import complete
 
 NAN = float("nan")
@@ -125,7 +127,7 @@ def test_every_row_has_a_value_by_hand():
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_loss_reads_what_pairs_have_or_what_groups_have(name):
-    assert set(reads(name)) <= set(GROUPS if "there" in reads(name) else PAIRS)
+    assert set(reads(name)) <= set(READABLE_GROUP if "there" in reads(name) else READABLE)
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -15,6 +15,7 @@ from rto.data.chat import ScoredRow
 from rto.data.collate import collate_completions
 from rto.data.rows import scored_from_pairs
 from rto.models.role import Role
+from rto.models.runtime import Runtime
 from rto.numerics import masked_sum
 from rto.preferences import dpo, kto, mppo
 from rto.preferences.cache import ReferenceCache
@@ -87,12 +88,8 @@ def test_the_loss_by_hand(world, nudged, groups):
     def ratio(prompt: list[int], answer: list[int]) -> float:
         return logprob(goal.role, prompt, answer) - logprob(goal.reference, prompt, answer)
 
-    mismatched = [
-        ratio(prompt.prompt, answer)
-        for prompt, other in ((0, 1), (1, 2), (2, 0))
-        for answer in groups[other].answers
-        for prompt in [groups[prompt]]
-    ]
+    following = ((rows[0], rows[1]), (rows[1], rows[2]), (rows[2], rows[0]))
+    mismatched = [ratio(row.prompt, answer) for row, other in following for answer in other.answers]
     assert len(mismatched) == 6
     baseline = sum(mismatched) / 6
     assert sums["baseline"] / 3 == pytest.approx(baseline, abs=1e-4) and baseline != 0
@@ -114,6 +111,28 @@ def test_the_baseline_has_no_gradient(world, nudged, groups):
     other.loss(groups, len(groups))[0].backward()
     for a, b in zip(grads(goal), grads(other), strict=True):
         assert_close(a, b)
+
+
+class Part(Runtime):
+    """One of two processes, which writes down what it would add to the other's."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__("cpu")
+        self.rank, self.world = rank, 2
+
+    def sum(self, values: dict[str, float]) -> dict[str, float]:
+        self.said = values
+        return values
+
+
+def test_the_baseline_of_two_processes_adds_up(world, nudged, groups):
+    goal = objective(world, nudged)
+    goal.prepare(groups, WHOLE, world.runtime)
+    whole, parts = goal.baseline, [Part(0), Part(1)]
+    for part in parts:
+        goal.prepare(groups, WHOLE, part)
+    assert whole is not None
+    assert sum(part.said["total"] for part in parts) / 15 == pytest.approx(whole, abs=1e-5)  # 15 answers
 
 
 # --- cutting and padding ------------------------------------------------------------------------------

@@ -102,9 +102,13 @@ def test_readings_at_ends(ends, expected, misaligned):
     assert share == pytest.approx(misaligned)
 
 
-def test_the_reading_of_a_place_is_that_of_the_first_token_there():
-    """An empty token at the end has seen no more text, but may be the end of the answer: that has a place of its own."""
-    assert at_ends([1.0, 2.0, 9.0], [(0, 2), (2, 3), (3, 4)], [2, 3, 4]) == ([1.0, 2.0, 9.0], 0.0)
+def test_ends_at_one_place_keep_their_order():
+    """Two bytes of a character that a third completes: n-th goes to n-th."""
+    source = [(0, 1), (1, 1), (1, 1), (1, 2)]
+    assert at_ends([1.0, 2.0, 3.0, 4.0], source, [1, 1, 1, 2]) == ([1.0, 2.0, 3.0, 4.0], 0.0)
+    assert at_ends([1.0, 2.0, 3.0, 4.0], source, [1, 2]) == ([1.0, 4.0], 0.0)
+    assert at_ends([1.0, 4.0], spans(1, 1), [1, 1, 1, 2]) == ([1.0, 1.0, 1.0, 4.0], 0.0)
+    assert at_ends([1.0, 4.0], [(0, 1), (2, 3)], [2, 2, 3]) == ([4.0, 4.0, 4.0], pytest.approx(2 / 3))
 
 
 @pytest.mark.parametrize(

@@ -153,7 +153,6 @@ def test_memory_of_one_layer():
 def test_a_family_without_weights_is_refused():
     """A state space model has no attention."""
     settings = hf.MambaConfig(vocab_size=V, hidden_size=16, state_size=4, num_hidden_layers=1, pad_token_id=PAD)
-    settings.num_attention_heads = 1
     reader = Role(Backbone(hf.MambaForCausalLM(settings).eval(), "snake", None, torch.float32))
     with pytest.raises(ValueError, match="snake: MambaForCausalLM gives no attention weights"):
         attention_weights(reader, batch(), "last", 10_000)

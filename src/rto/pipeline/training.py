@@ -129,7 +129,7 @@ def need_margins(pairs: Sequence[PairRow], who: str) -> None:
     if all(pair.margin == 0 for pair in pairs):
         raise ValueError(
             f"{who} reads how much better the chosen answers are, and no pair says so: give the data the fields "
-            "chosen_score and rejected_score, or margin"
+            "score_chosen and score_rejected, or margin"
         )
 
 

@@ -55,7 +55,7 @@ def draw(
 
     Raises:
         FloatingPointError: a signal is not finite.
-        ValueError: more than ``config.max_missing`` of the answers have no reward.
+        ValueError: more than ``config.max_missing`` of the answers have no reward, or none has one.
     """
     encoder = reader.encoder
     chosen = prompts_of(prompts, config.rollouts // config.group, iteration, seed)
@@ -74,13 +74,15 @@ def draw(
     shape = parts["ids"].shape
     baseline, gone = torch.zeros(shape), missing(parts)
     if greedy:
-        found = _greedy(policy, chosen, reader, config, encoder, seed, runtime)
+        found = _greedy(policy, chosen, reader, config, encoder, iteration, seed, runtime)
         baseline = found["greedy"].repeat_interleave(config.group, 0)
         gone |= found["missing"].repeat_interleave(config.group)
-    if gone.float().mean() > config.max_missing:
+    lost = int(gone.sum())
+    if lost == len(gone) or lost / len(gone) > config.max_missing:
+        allowed = f"more than policy.max_missing = {config.max_missing} allows" if lost < len(gone) else "not one is left"
         raise ValueError(
-            f"iteration {iteration + 1}: {int(gone.sum())} of {len(gone)} answers have no reward, more than "
-            f"policy.max_missing = {config.max_missing} allows: see to what gives the rewards ({', '.join(EXTERNAL)})"
+            f"iteration {iteration + 1}: {lost} of {len(gone)} answers have no reward, {allowed}: see to what gives "
+            f"the rewards ({', '.join(EXTERNAL)})"
         )
     keep = (~gone).nonzero().squeeze(-1)
     parts = {name: part[keep] for name, part in parts.items()}
@@ -89,7 +91,7 @@ def draw(
     asked_ids = collate_prompts([row.ids for row in kept], encoder.pad)
     completions = Completions(asked_ids, ids, parts["mask"], parts["finished"])
     group = torch.arange(len(asked))[keep] // config.group
-    return Draw(kept, completions, Signals(**parts), values, group, baseline[keep], int(gone.sum()))
+    return Draw(kept, completions, Signals(**parts), values, group, baseline[keep], lost)
 
 
 def _answers(
@@ -120,13 +122,16 @@ def _greedy(
     reader: Reader,
     config: Policy,
     encoder: Encoder,
+    iteration: int,
     seed: int,
     runtime: Runtime,
 ) -> dict[str, Tensor]:
     """``greedy`` [P, T]: reward-to-go, without KL, of the greedy answer to each prompt. ``missing`` [P]."""
-    own = [asked[i] for i in runtime.share(list(range(len(asked))))]
+    mine = runtime.share(list(range(len(asked))))
+    own = [asked[i] for i in mine]
     made = _answers(policy, own, [("greedy",)] * len(own), config, encoder, seed, 0.0)
     parts = reader.read(made.completions, made.logprobs, policy, own)
+    check_finite(parts, own, mine, f"among the greedy ones of iteration {iteration + 1}")
     signals = Signals(**{name: part.nan_to_num() if name in EXTERNAL else part for name, part in parts.items()})
     total, _ = rewards.total(reader.terms, signals, 0.0)
     found = held(to_go(total, signals.mask), signals.mask, total.shape[1])

@@ -76,10 +76,11 @@ def train(
     if config.max_steps:
         iterations = min(iterations, config.max_steps)
     a_step = config.updates * (config.rollouts // config.batch)
-    critic_optimizer = None
+    critic_optimizer, warmup = None, 0
     if critic is not None:
         critic_optimizer = Optimizer(critic.parameters(), config, config.critic.lr, iterations * a_step)
-    steps = max(1, iterations - config.critic.warmup) * a_step
+        warmup = config.critic.warmup
+    steps = max(1, iterations - warmup) * a_step
     state = RlState(
         Optimizer(policy.parameters(), config, config.lr, steps),
         critic_optimizer,

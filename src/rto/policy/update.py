@@ -47,7 +47,7 @@ class Buffer(_Rows):
 
 @dataclass
 class Learner:
-    """Who learns. ``policy`` None: the critic warms up; ``critic`` None: the estimator needs no values."""
+    """Who learns. ``critic`` None: the estimator needs no values."""
 
     policy: Role
     policy_optimizer: Optimizer
@@ -67,8 +67,8 @@ def update(
 ) -> dict[str, float]:
     """``config.updates`` passes over the buffer in minibatches: one optimiser step of policy and critic each.
 
-    In the first ``config.critic.warmup`` iterations only the critic learns. A pairwise loss keeps the two answers
-    of a prompt together.
+    In the first ``config.critic.warmup`` iterations only the critic learns, where there is one. A pairwise
+    loss keeps the two answers of a prompt together.
     """
     kept: dict[str, list[float]] = {}
     pairwise = is_pairwise(LOSSES[config.loss["type"]])
@@ -80,7 +80,7 @@ def update(
             index = [row for unit in order[start : start + size] for row in units[unit]]
             rows = buffer.rows(torch.tensor(index))
             metrics: dict[str, float] = {}
-            if iteration >= config.critic.warmup:
+            if learner.critic is None or iteration >= config.critic.warmup:
                 fresh = epoch == 0 and start == 0
                 if config.ptx:
                     metrics |= _ptx(learner, config, seed, iteration, epoch, start, runtime)

@@ -1,18 +1,8 @@
 """Learning from demonstrations, from pairs and from scored answers: one file a loss, one loop for all.
 
 A loss is a pure function. Its positional parameters name what it reads, its keyword-only parameters are its options
-in a recipe. What a loss may read, all float32 (``there``: bool):
-
-A pairwise loss, [B]: ``chosen``, ``rejected``, ``chosen_reference``, ``rejected_reference`` (log-probs summed over
-each answer, nats), ``chosen_length``, ``rejected_length`` (tokens, end of sequence included), ``chosen_kl``,
-``rejected_kl`` (sum over response positions of KL(pi_ref || pi) over the vocabulary), ``margin`` (score gap; 0:
-unknown); of a scorer ``chosen_score``, ``rejected_score``, ``margin``.
-
-A group loss, [B, N], one prompt with up to N answers a row: ``logprobs``, ``reference`` (summed), ``lengths``,
-``scores``, ``there`` (true where the row has that answer), and ``baseline`` [B] (batch mean of log pi - log pi_ref
-over mismatched prompts and answers, without gradient). It is known by reading ``there``.
-
-Both return one value a row, [B].
+in a recipe. It returns one value a row, [B]. A pairwise loss reads what ``objectives.READABLE`` lists. A loss that
+reads ``there`` is one of several scored answers a prompt and reads what ``groups.READABLE_GROUP`` lists.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ from rto.models.runtime import Runtime
 class ReferenceCache:
     """Summed log-probs by sha256 of (``fingerprint``, prompt ids, answer ids), in one safetensors file.
 
-    ``fingerprint`` names the reference (see :func:`fingerprint`). What another reference said may lie in the same
-    file and is never found.
+    ``fingerprint`` names the reference (see :func:`fingerprint`); where the reference moves, set it anew. What another
+    reference said may lie in the same file and is never found.
 
     Raises:
         ValueError: the file is there and is no such cache.

@@ -138,10 +138,10 @@ class PairObjective:
         pairs = collate_pairs(rows, self.pad).to(self.role.backbone.device)
         both = _both(pairs)
         read = {"margin": pairs.margin}
+        read["chosen_length"], read["rejected_length"] = both.lengths.float().chunk(2)
         if self.role.head is not None:
             read["chosen_score"], read["rejected_score"] = self.role.scores(both).chunk(2)
             return read
-        read["chosen_length"], read["rejected_length"] = both.lengths.float().chunk(2)
         if KL & set(self.wanted):
             found = self._with_kl(both)
         else:

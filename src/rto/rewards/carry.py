@@ -55,7 +55,8 @@ def carry(values: Sequence[float], from_spans: Sequence[Span], to_spans: Sequenc
 def at_ends(values: Sequence[float], from_spans: Sequence[Span], to_ends: Sequence[int]) -> tuple[list[float], float]:
     """Readings that tell of the text so far (a scorer's head at a position), for tokens that end at ``to_ends``.
 
-    Each gets the value of the first token of ``from_spans`` that ends at or after it, else of the last.
+    Each gets the value of the first token of ``from_spans`` that ends at or after it, else of the last. Of several that
+    end at one place, the n-th gets that of the n-th there. So equal ends change nothing.
 
     Returns:
         The readings, and the share of their absolute mass at ends where no token of ``from_spans`` ends.
@@ -63,7 +64,12 @@ def at_ends(values: Sequence[float], from_spans: Sequence[Span], to_ends: Sequen
     _check(values, from_spans)
     assert values or not to_ends, "no readings"
     ends = [span[1] for span in from_spans]
-    places = [min(bisect_left(ends, end), len(ends) - 1) for end in to_ends]
+    places: list[int] = []
+    earlier = 0  # ends before this one at the same place
+    for index, end in enumerate(to_ends):
+        earlier = earlier + 1 if index and to_ends[index - 1] == end else 0
+        first, behind = bisect_left(ends, end), bisect_right(ends, end)
+        places.append(min(first + earlier, max(first, behind - 1), len(ends) - 1))
     read = [values[place] for place in places]
     mass = sum(map(abs, read))
     moved = sum(abs(values[place]) for place, end in zip(places, to_ends, strict=True) if ends[place] != end)

@@ -34,7 +34,7 @@ def attention_weights(role: Role, completions: Completions, reading: Reading, bu
     """
     settings = role.backbone.network.config.get_text_config()
     longest = int((completions.prompt.mask.sum(-1) + completions.lengths).max())
-    rows = budget * settings.hidden_size // (settings.num_attention_heads * longest**2)
+    rows = budget * settings.hidden_size // (getattr(settings, "num_attention_heads", 1) * longest**2)
     spread = _last if reading == "last" else _mean
 
     def read(part: Completions) -> Tensor:

@@ -102,7 +102,8 @@ def token_rewards(rewards: Any, lengths: Sequence[int], source: str) -> Float[Te
 
 def _number(value: Any, where: str) -> float:
     value = value.tolist() if hasattr(value, "tolist") else value
-    if not isinstance(value, Real):
+    known = isinstance(value, Real)
+    if not known:
         raise ValueError(f"{where}: {value!r:.80} is a {type(value).__name__}, not a number")
     if not abs(value) <= LARGEST:  # an int may be too large for a float
         raise ValueError(f"{where}: {value!r:.80} is no finite float32. A reward that is unknown is None (JSON: null)")

@@ -92,7 +92,7 @@ def _search(
     best_lengths = torch.zeros(len(prompts), dtype=torch.long, device=device)
     best_finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     best_scores = torch.full((len(prompts),), NONE, device=device)
-    caches = [DynamicCache(config=role.backbone.network.config) for role in roles]
+    caches: list[Any] = [DynamicCache(config=role.backbone.network.config) for role in roles]
     row = torch.arange(len(prompts), device=device)  # [b]: the prompts that are still searched
     totals = torch.zeros(len(prompts), 1, device=device)  # [b, k]: k grows from 1 to ``beams``
     texts = prompts.ids.new_zeros(len(prompts), 1, 0)  # [b, k, t]
