@@ -37,8 +37,10 @@ EXCEPTIONS: dict[tuple[str, str], str] = {}
 
 # Plain tensor code: it must load, and be readable, without the model libraries.
 MATHS = ("batch.py", "numerics.py", "rewards/**/*.py", "advantages/**/*.py", "preferences/**/*.py")
-MATHS += ("policy/ppo.py", "policy/value.py", "policy/kl.py")
-LOOPS = {"preferences/train.py"}  # in a folder of maths, but not maths
+MATHS += tuple(f"policy/{name}.py" for name in ("ppo", "value", "kl", "kl_loss", "p3o", "rebel", "scaling", "ema"))
+LOOPS = {
+    f"preferences/{name}.py" for name in ("train", "objectives", "groups", "cache", "rounds")
+}  # in a folder of maths, but not maths
 
 PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "shelve"}  # each can run code when a file is read
 MAX_LINES = 400

@@ -149,7 +149,10 @@ def test_missing_tables_are_named():
     ("changes", "line"),
     [
         ({"polcy": {}}, "my.toml: unknown key polcy, did you mean policy?; valid: baselines, data,"),
-        ({"policy": {"lrr": 1}}, "my.toml: unknown key policy.lrr, did you mean lr?; valid: advantage, batch,"),
+        (
+            {"policy": {"lrr": 1}},
+            "my.toml: unknown key policy.lrr, did you mean lr?; valid: advantage, advantage_clip,",
+        ),
         ({"policy": {"kl": {"coeff": 1}}}, "unknown key policy.kl.coeff, did you mean coef?; valid: coef, controller,"),
         # in a union, also where the type is not written
         ({"model": {"name": "x", "revison": "y"}}, "unknown key model.revison, did you mean revision?; valid: attent"),
@@ -166,7 +169,7 @@ def test_missing_tables_are_named():
             "unknown key evaluation.oracle.nam, did you mean name?; valid: name, type",
         ),
         # keys that are spelt like a type
-        ({"files": 1}, "unknown key files; valid: baselines,"),
+        ({"files": 1}, "unknown key files, did you mean guides?; valid: baselines,"),
         ({"evaluation": {"world": 1}}, "unknown key evaluation.world, did you mean oracle?; valid: bootstrap,"),
         # nothing is near
         ({"policy": {"xyzzy": 1}}, "unknown key policy.xyzzy; valid: advantage,"),
@@ -288,10 +291,16 @@ def test_complete_fills_in_the_defaults():
         "type": "dpo",
         "beta": 0.1,
         "label_smoothing": 0.0,
+        "variant": "sigmoid",
+        "nll": 0.0,
     }
-    assert complete({"type": "gae", "lam": 0.9}, ADVANTAGES, "x") == {"type": "gae", "gamma": 1.0, "lam": 0.9}
+    assert complete({"type": "gae", "lam": 0.9}, {"gae": ADVANTAGES["gae"].function}, "x") == {
+        "type": "gae",
+        "gamma": 1.0,
+        "lam": 0.9,
+    }
     done = complete({"type": "implicit", "clip": None}, TERM_FUNCTIONS, "x")
-    assert done == {"type": "implicit", "scale": 0.05, "clip": None}
+    assert done == {"type": "implicit", "scale": 0.05, "clip": None, "placement": "token"}
     assert complete(done, TERM_FUNCTIONS, "x") == done
 
 
@@ -309,12 +318,12 @@ def test_complete_takes_a_whole_number_for_a_float():
         (
             {"type": "dpo", "bta": 1},
             PREFERENCE_LOSSES,
-            "here: unknown key bta, did you mean beta?; valid: beta, label_smoothing",
+            "here: unknown key bta, did you mean beta?; valid: beta, label_smoothing, nll, variant",
         ),
         (
             {"type": "implicit", "scal": 1},
             TERM_FUNCTIONS,
-            "here: unknown key scal, did you mean scale?; valid: clip, scale",
+            "here: unknown key scal, did you mean scale?; valid: clip, placement, scale",
         ),
         ({"type": "ppo", "logprobs": 1}, LOSSES, "here: unknown key logprobs; valid: clip"),  # an input, no option
         ({"type": "dpo", "beta": "big"}, PREFERENCE_LOSSES, "here: beta: Input should be a valid number"),

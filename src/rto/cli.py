@@ -20,7 +20,7 @@ VERBS = {
     "report": "write report.html from what the run has so far",
 }
 GENERATE = "answers of a policy of a run"
-FLAGS = ("--dry-run", "--quiet", "--help")  # every other --word of a stage is a key of the recipe
+FLAGS = ("--dry-run", "--quiet", "--fit-normaliser", "--help")  # every other --word of a stage is a key of the recipe
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,6 +85,9 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("recipe", help="a recipe (TOML) or the folder of a run")
         verb.add_argument("--dry-run", action="store_true", help="print the resolved recipe, the plan and its memory")
         verb.add_argument("--quiet", action="store_true", help="no progress")
+        if name == "reward":
+            text = "fit the location-aware normaliser of every segment scorer"
+            verb.add_argument("--fit-normaliser", action="store_true", help=text)
         verb.epilog = "Any key of the recipe can be overridden: --policy.kl.coef 0.02 --output runs/mine --seed 1"
     verb = verbs.add_parser("generate", help=GENERATE, description=GENERATE, allow_abbrev=False)
     verb.add_argument("run", help="the folder of a run")
@@ -157,7 +160,7 @@ def _stages(known: argparse.Namespace, changes: list[tuple[str, str]]) -> int:
 
         print(describe(config, stages))
         return 0
-    folder = pipeline.run(config, stages, known.quiet)
+    folder = pipeline.run(config, stages, known.quiet, getattr(known, "fit_normaliser", False))
     summary = tables.summary(folder)
     if summary and os.environ.get("RANK", "0") == "0":  # of several processes one speaks
         print(summary)

@@ -13,6 +13,12 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 Spec = dict[str, Any]
+# Types of options: a recipe is refused where a number is out of bounds.
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0)]
 Main = TypeVar("Main", bound=BaseModel)
 Stage = Literal["sft", "prefer", "reward", "rl", "evaluate", "report"]
 STAGES: tuple[Stage, ...] = ("sft", "prefer", "reward", "rl", "evaluate", "report")
@@ -235,7 +241,7 @@ class Policy(Training):
     advantage: Spec = {"type": "gae"}
     whiten: bool | None = None  # none: the estimator's own convention
     advantage_clip: float | None = Field(None, gt=0)  # after whitening
-    reward_scaling: Literal["none", "std", "standardize"] = "none"  # by running moments of the answers' rewards
+    reward_scaling: Literal["std", "standardize"] | None = None  # by running moments of the answers' rewards
     reward_clip: float | None = Field(None, gt=0)  # of a token's reward without KL, after scaling
     max_missing: float = Field(0.5, ge=0, le=1)  # more answers without a reward than this share stop the run
     ptx: float = Field(0.0, ge=0)  # weight of the SFT loss on demonstrations, beside the policy loss

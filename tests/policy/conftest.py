@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import itertools
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +13,7 @@ import pytest
 import torch
 
 from rto import rewards
-from rto.config import Policy, Supervised
+from rto.config import Policy, Spec, Supervised
 from rto.data.rows import make_rows, make_tokenizer
 from rto.models.checkpoint import save_role
 from rto.models.load import scratch_network
@@ -108,6 +112,22 @@ class World:
     @staticmethod
     def weights(role: Role) -> list[torch.Tensor]:
         return [p.detach().clone() for p in role.parameters()]
+
+
+@pytest.fixture
+def scores(tmp_path, monkeypatch) -> Callable[[str], list[Spec]]:
+    """Makes a term of a reward function, given its body; it may read ``prompts``, ``answers`` and ``tokens``."""
+    monkeypatch.syspath_prepend(tmp_path)
+    count = itertools.count()
+
+    def write(body: str) -> list[Spec]:
+        name = f"loop_scores_{next(count)}"
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        (tmp_path / f"{name}.py").write_text(f"def score(prompts, answers, tokens):\n    {body}\n")
+        importlib.invalidate_caches()
+        return [{"type": "function", "function": f"{name}:score"}]
+
+    return write
 
 
 @pytest.fixture(scope="session")

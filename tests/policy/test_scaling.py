@@ -72,7 +72,7 @@ def test_clip_comes_last_and_token_by_token():
     scaled = torch.tensor([[1.0, 2.0, 3.0], [-1.0, 3.0, 0.0], [0.0] * 3]) / 8**0.5
     assert_close(got, scaled.clamp(-0.5, 0.5))
     moments = RunningMoments()
-    got = scale_rewards(REWARDS, MASK, moments, "none", 2.5)
+    got = scale_rewards(REWARDS, MASK, moments, None, 2.5)
     assert_close(got, torch.tensor([[1.0, 2.0, 2.5], [-1.0, 2.5, 0.0], [0.0] * 3]))
     assert moments.count == 0
 

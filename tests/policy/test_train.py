@@ -273,7 +273,7 @@ def test_epochs_count_prompts(world, tmp_path, epochs, iterations):
     assert len(world.run(tmp_path, world.roles(guide=None), config, PPO)) == iterations
 
 
-def test_advantages_are_whitened_over_the_buffer():
+def test_advantages_are_whitened_over_the_buffer(world):
     mask = torch.tensor([[True, True, True], [True, False, False]])
     reward, values = torch.tensor([[0.0, 1.0, 2.0], [4.0, 9.0, 9.0]]), torch.tensor([[1.0, 0.5, 0.0], [1.0, 9.0, 9.0]])
     signals = Signals(mask, mask[:, 0], 0 * reward, 0 * reward)

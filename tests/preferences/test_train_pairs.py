@@ -165,7 +165,8 @@ READ = {
     [
         (dpo, {"beta": 0.5}, 0.5 * 1, 0.5 * -2),  # log-ratios 1 and -2
         (dpo, {}, 0.1 * 1, 0.1 * -2),  # the loss's own beta
-        (ipo, {"tau": 0.5}, 1, -2),
+        (ipo, {"tau": 0.5, "average": False}, 1, -2),
+        (ipo, {"tau": 0.5}, 1 / 2, -2 / 3),  # log-ratios a token
         (tdpo2, {"beta": 0.5}, 0.5 * 1.5, 0.5 * -0.5),  # and the KL, whatever alpha
         (simpo, {"beta": 2.0}, 2 * -2, 2 * -3),  # log-probs a token
         (orpo, {}, -2, -3),

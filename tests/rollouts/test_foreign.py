@@ -240,6 +240,17 @@ def test_spans_cover_the_text_and_wait_for_characters(tokenizer, text):
             assert judge.policy.decode(ids[: t + 1]) == whole[:end]
 
 
+def test_spans_where_a_tokens_text_depends_on_its_neighbours():
+    """After a special token this decoder drops the space of what is the first word; so every beginning is decoded."""
+    tokenizer = metaspace()
+    judge = foreign(OTHERS[0], Encoder(tokenizer, 100, 100))
+    ids = tokenizer(" ".join([*ANSWERS, "na\u00efve \u4e16"]), add_special_tokens=False)["input_ids"]
+    begun = [tokenizer.bos_token_id, *ids]
+    assert "".join(judge._split(ids)) == judge.policy.decode(ids) == judge.policy.decode(begun)
+    assert "".join(judge._split(begun)) != judge.policy.decode(begun)
+    assert judge._spans(begun) == [(0, 0), *judge._spans(ids)]
+
+
 def test_spans_of_bytes_by_hand():
     """The bytes of \u00e9 are two tokens; it is there with the second."""
     judge, ids = foreign(OTHERS[0]), POLICY.tokenizer("\u00e9!", add_special_tokens=False)["input_ids"]

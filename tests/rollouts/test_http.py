@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import rto.rollouts.http
-from rto.rollouts.http import HttpScorer
+from rto.rollouts.http import HttpScorer, _asked_wait
 
 PROMPTS = ["a", "b", "\u00e9\ud800"]  # the last one is half a character
 ANSWERS = ["x y.", "z.", "w."]
@@ -180,16 +180,22 @@ def test_pauses_grow(server):
     gaps = [later - earlier for earlier, later in zip(server.times, server.times[1:], strict=False)]
     assert len(gaps) == 3
     for gap, pause in zip(gaps, (0.05, 0.1, 0.2), strict=True):
-        assert 0.5 * pause <= gap < 1.5 * pause + 0.5
+        assert gap >= 0.5 * pause
 
 
-@pytest.mark.parametrize("form", ["seconds", "date"])
-def test_the_server_may_ask_for_time(server, form):
-    soon = datetime.now(timezone.utc) + timedelta(seconds=2)  # a date has no parts of a second
-    wait = "0.4" if form == "seconds" else format_datetime(soon, usegmt=True)
-    server.replies = [reply("", 429, Retry_After=wait), lengths]
+def test_the_server_may_ask_for_time(server):
+    server.replies = [reply("", 429, Retry_After="0.4"), lengths]
     score(scorer(server, batch=3))
     assert server.times[1] - server.times[0] >= 0.4
+
+
+def test_the_time_may_be_a_date():
+    def asked(seconds: float) -> float:
+        when = datetime.now(timezone.utc) + timedelta(seconds=seconds)
+        return _asked_wait({"Retry-After": format_datetime(when, usegmt=True)})
+
+    assert 80 < asked(100) <= 100
+    assert asked(-100) == _asked_wait({}) == _asked_wait({"Retry-After": "nan"}) == 0.0
 
 
 def test_but_not_for_ever(server, monkeypatch):
@@ -234,11 +240,11 @@ def test_a_batch_that_fails_is_missing(server, fault, reason, requests):
 @pytest.mark.parametrize("slow", [hang, drip])
 def test_a_server_that_does_not_finish(server, slow):
     server.replies = [slow, slow, lengths]
-    asking = scorer(server, timeout=0.2, retries=1)
+    asking = scorer(server, timeout=0.3, retries=1)
     begun = time.monotonic()
     assert score(asking) == [[None, None, None], [None, None, 0], [0, 2, 0]]
     assert time.monotonic() - begun < 5
-    assert "no reply within 0.2 s" in asking.last_failure
+    assert "no reply within 0.3 s" in asking.last_failure
 
 
 def test_a_reply_without_end(server, monkeypatch):

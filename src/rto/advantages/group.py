@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rto.advantages.returns import held, to_go
+from rto.config import Share
 
 
 def rloo(
@@ -21,7 +22,7 @@ def rloo(
     mask: Bool[Tensor, "B T"],
     group: Int[Tensor, " B"],
     *,
-    gamma: float = 1.0,
+    gamma: Share = 1.0,
 ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
     """A_t = G_t - mean over the other answers of their G at min(t, their last token). Returns are G.
 
@@ -42,7 +43,7 @@ def grpo(
     mask: Bool[Tensor, "B T"],
     group: Int[Tensor, " B"],
     *,
-    gamma: float = 1.0,
+    gamma: Share = 1.0,
     scale: bool = True,
 ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
     """A_t = (G_t - mean_t) / (spread + 1e-9), with the mean over all answers of the group. Returns are G.

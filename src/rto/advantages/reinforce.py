@@ -6,10 +6,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rto.advantages.returns import to_go
+from rto.config import Share
 
 
 def reinforce(
-    rewards: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, gamma: float = 1.0
+    rewards: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, gamma: Share = 1.0
 ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
     """A_t = G_t, the reward-to-go. Returns are the same numbers.
 

@@ -6,6 +6,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, where
 
 from rto.advantages.returns import to_go
+from rto.config import NonNegative
 
 
 def remax(
@@ -14,7 +15,7 @@ def remax(
     penalty: Float[Tensor, "B T"],
     greedy: Float[Tensor, "B T"],
     *,
-    clip: float | None = 5.0,
+    clip: NonNegative | None = 5.0,
 ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
     """A_t = clip(G'_t - greedy_t, +-clip) + penalty_t, with G' the reward-to-go of ``rewards - penalty``.
 

@@ -18,7 +18,7 @@ from rto.data.sources import Loaded, TextPrompt, read_prompts
 from rto.evaluation.policies import answer
 from rto.pipeline import contest, normalise, training
 from rto.pipeline.job import Job, Step
-from rto.pipeline.resolve import resolve, terms_of
+from rto.pipeline.resolve import guide_names, guide_stage, resolve, scorer_stage, segment_scorers, terms_of
 from rto.recipe import explain, nearest
 from rto.report.html import write_report
 from rto.rollouts.search import Score, Search, beam_search
@@ -48,18 +48,6 @@ def run(config: Config, stages: Sequence[str] | None = None, quiet: bool = False
             write_report(job.folder)
     job.runtime.close()
     return job.folder
-
-
-def segment_scorers(config: Config) -> list[str]:
-    """The stages of the scorers whose segments a policy of the recipe reads, normalised."""
-    found = []
-    for policy in config.policies().values():
-        stage = training.scorer_stage(policy)
-        settings = config.rewards()[stage]
-        read = "segments" in rewards.needs(terms_of(policy)) and settings.normalize
-        if read and settings.cutoff is not None and stage not in found:
-            found.append(stage)
-    return found
 
 
 def _dumped(section: BaseModel) -> dict[str, Any]:
@@ -105,9 +93,9 @@ def steps_of(config: Config, stages: Sequence[str], fit_normaliser: bool = False
     if "rl" in stages:
         for name, policy in config.policies().items():
             terms = terms_of(policy)
-            made_from = inputs("sft", reward=_dumped(scorers[training.scorer_stage(policy)]))
+            made_from = inputs("sft", reward=_dumped(scorers[scorer_stage(policy)]))
             if "guide" in rewards.needs(terms):
-                made_from["prefer"] = _dumped(guides[training.guide_stage(policy)])
+                made_from["prefer"] = _dumped(guides[guide_stage(policy)])
             made_from |= {"policy": _dumped(policy), "terms": terms}
             work = partial(training.rl, name=name, policy=policy, terms=terms)
             steps.append(Step(f"rl/{name}", json.loads(json.dumps(made_from)), work))
@@ -188,7 +176,7 @@ def generate(
         raise ValueError(f"limit: at least 1 prompt (given: {limit})")
     job = Job(resolve(config), quiet=True)
     name = policy or config.policy.method
-    known = {"sft": "sft", config.prefer.loss["type"]: "prefer"} | {name: f"rl/{name}" for name in config.policies()}
+    known = {"sft": "sft"} | guide_names(config) | {name: f"rl/{name}" for name in config.policies()}
     if name not in known:
         hint = nearest(name, known)
         raise ValueError(f"{config.output}: no policy {name!r}{hint}; the recipe has {', '.join(known)}")

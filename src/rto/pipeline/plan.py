@@ -17,7 +17,9 @@ from rto.data.rows import Rows
 from rto.models.load import locate
 from rto.models.runtime import Runtime
 from rto.pipeline.job import Job
-from rto.pipeline.resolve import resolve, terms_of
+from rto.pipeline.resolve import resolve, segment_scorers, terms_of
+from rto.preferences import PREFERENCE_LOSSES
+from rto.preferences.train import reads_groups
 
 
 def describe(config: Config, stages: Sequence[str] | None = None) -> str:
@@ -65,13 +67,20 @@ def _stages(config: Config, rows: Rows, stages: Sequence[str]) -> list[str]:
     if "sft" in stages:
         lines.append(supervised("sft", config.sft, len(rows.answers)))
     if "prefer" in stages:
-        lines.append(supervised("prefer", config.prefer, len(rows.pairs), config.prefer.checkpoint))
+        for stage, guide in config.preferences().items():
+            read = rows.scored or rows.pairs if reads_groups(PREFERENCE_LOSSES[guide.loss["type"]]) else rows.pairs
+            lines.append(supervised(stage, guide, len(read), guide.checkpoint))
     if "reward" in stages:
-        lines.append(supervised("reward", config.reward, len(rows.pairs), config.reward.checkpoint))
+        fitted = segment_scorers(config)
+        for stage, scorer in config.rewards().items():
+            lines.append(supervised(stage, scorer, len(rows.pairs), scorer.checkpoint))
+            if stage in fitted:
+                where = "the pairs" if scorer.normaliser.answers == "pairs" else "sampled answers"
+                lines.append(f"  {stage}/normaliser: fitted on at most {scorer.normaliser.limit:,} answers of {where}")
     if "rl" in stages:
         for name, policy in config.policies().items():
             terms = terms_of(policy)
-            iterations = max(1, math.ceil(policy.epochs * len(rows.prompts) / policy.rollouts))
+            iterations = max(1, math.ceil(policy.epochs * len(rows.prompts) * policy.group / policy.rollouts))
             iterations = min(iterations, policy.max_steps or iterations)
             listed = " + ".join(
                 term["type"] + "(" + ", ".join(f"{k} {v:g}" for k, v in term.items() if isinstance(v, float)) + ")"
@@ -95,7 +104,8 @@ def _weights(config: Config, runtime: Runtime) -> list[str]:
     logits come on top and are bounded by micro_tokens."""
     total, trained_all = _parameters(config)
     needed = {need for policy in config.policies().values() for need in rewards.needs(terms_of(policy))}
-    frozen = ["reference"] + ["guide"] * ("guide" in needed) + ["scorer"] * ("scores" in needed)
+    scored = bool(needed & {"scores", "segments"})
+    frozen = ["reference"] + ["guide"] * ("guide" in needed) + ["scorer"] * scored
     size = torch.finfo(runtime.dtype(config.model.dtype)).bits // 8
     lora = config.model.lora
     if lora is not None:

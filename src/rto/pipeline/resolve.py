@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from rto import rewards
 from rto.advantages import ADVANTAGES
@@ -88,7 +91,16 @@ def check_policy(config: Config, policy: Policy, terms: list[Spec], where: str) 
     for kind in ("function", "http", "attention"):
         if kinds.count(kind) > 1:
             raise ValueError(f"{where}.rewards has {kinds.count(kind)} {kind} terms: there can be one")
-    stage = "reward" if policy.scorer is None else f"reward/{policy.scorer}"
+    for term in rewards.live(terms):
+        for kind, key, like in (("function", "function", "my_module:reward"), ("http", "url", "http://127.0.0.1:8000")):
+            if term["type"] == kind and not term[key]:
+                raise ValueError(f"{where}.rewards: the term {kind} has no {key}: set it, for example to {like!r}")
+        if policy.method == "opd" and term["type"] == "implicit" and term["scale"] != policy.kl.coef:
+            raise ValueError(
+                f"{where}.method = 'opd' has the teacher as its optimum only where {where}.kl.coef is the scale of its "
+                f"term, {term['scale']:g}: set that, or write the term with a scale of your own under method = 'custom'"
+            )
+    stage = scorer_stage(policy)
     cutoff = config.rewards()[stage].cutoff
     if policy.method in rewards.CUTOFFS:
         wanted = rewards.CUTOFFS[policy.method]
@@ -106,7 +118,9 @@ def check_policy(config: Config, policy: Policy, terms: list[Spec], where: str) 
         if policy.kl.place == "loss":
             raise ValueError(f"{where}.loss has the KL inside: set {where}.kl.place = 'reward'")
     estimator = ADVANTAGES.get(policy.advantage.get("type", "gae"))
-    if policy.advantage.get("type") == "remax" and (policy.reward_scaling != "none" or policy.reward_clip is not None):
+    if policy.advantage.get("type") == "remax" and (
+        policy.reward_scaling is not None or policy.reward_clip is not None
+    ):
         raise ValueError(
             f"{where}.advantage remax compares rewards with the greedy answer's, which are not scaled: leave out "
             f"{where}.reward_scaling and {where}.reward_clip"
@@ -127,7 +141,22 @@ def _completed(policy: Policy, where: str = "policy") -> Policy:
 def _complete(section: Section, key: str, table: Mapping[str, Callable[..., Any]], where: str) -> Spec:
     """``--prefer.loss.beta 0.2`` alone changes an option of the default loss, so the type may be left out."""
     usual = type(section).model_fields[key].default["type"]
-    return complete({"type": usual, **getattr(section, key)}, table, f"{where}.{key}")
+    spec = complete({"type": usual, **getattr(section, key)}, table, f"{where}.{key}")
+    if key == "loss":
+        _try(table[spec["type"]], {name: value for name, value in spec.items() if name != "type"}, f"{where}.{key}")
+    return spec
+
+
+def _try(loss: Callable[..., Any], options: Spec, where: str) -> None:
+    """Options that do not go together are refused by the loss itself: ask it before anything is trained."""
+    names = [p.name for p in inspect.signature(loss).parameters.values() if p.kind is not p.KEYWORD_ONLY]
+    pairwise = is_pairwise(loss) or not {"there", "old"} & set(names)
+    kinds = {"there": torch.ones(1, 1, dtype=torch.bool), "baseline": torch.zeros(1), "kl_coef": torch.tensor(0.0)}
+    inputs = [kinds.get(name, torch.zeros(1) if pairwise else torch.zeros(1, 1)) for name in names]
+    try:
+        loss(*inputs, **options)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def terms_of(policy: Policy, where: str = "policy") -> list[Spec]:
@@ -142,3 +171,23 @@ def terms_of(policy: Policy, where: str = "policy") -> list[Spec]:
 
 def term_functions() -> dict[str, Callable[..., Any]]:
     return {name: term.function for name, term in rewards.TERMS.items()}
+
+
+def guide_stage(policy: Policy) -> str:
+    return "prefer" if policy.guide is None else f"prefer/{policy.guide}"
+
+
+def scorer_stage(policy: Policy) -> str:
+    return "reward" if policy.scorer is None else f"reward/{policy.scorer}"
+
+
+def segment_scorers(config: Config) -> list[str]:
+    """The stages of the scorers whose segments a policy of the recipe reads, normalised."""
+    found = []
+    for policy in config.policies().values():
+        stage = scorer_stage(policy)
+        settings = config.rewards()[stage]
+        read = "segments" in rewards.needs(terms_of(policy)) and settings.normalize
+        if read and settings.cutoff is not None and stage not in found:
+            found.append(stage)
+    return found

@@ -22,6 +22,7 @@ from rto.models.segment import SegmentScorer
 from rto.models.workshop import Workshop, verify
 from rto.pipeline.job import Job
 from rto.pipeline.normalise import read_normaliser
+from rto.pipeline.resolve import guide_stage, scorer_stage
 from rto.policy import train as rl_loop
 from rto.preferences import PREFERENCE_LOSSES, REWARD_LOSSES, rebel
 from rto.preferences.cache import ReferenceCache, fingerprint
@@ -208,14 +209,6 @@ def open_scorer(job: Job, shop: Workshop, stage: str, segments: bool) -> Scorer:
     if segments and settings.cutoff is not None and settings.normalize:
         normaliser = read_normaliser(job, stage, folder)
     return Scorer(role, settings.cutoff, notes, normaliser)
-
-
-def guide_stage(policy: Policy) -> str:
-    return "prefer" if policy.guide is None else f"prefer/{policy.guide}"
-
-
-def scorer_stage(policy: Policy) -> str:
-    return "reward" if policy.scorer is None else f"reward/{policy.scorer}"
 
 
 def _options(spec: Spec) -> Spec:

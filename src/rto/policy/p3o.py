@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rto.config import Positive
 from rto.policy.ppo import ratios
 
 
@@ -23,8 +24,8 @@ def p3o(
     kl_coef: Float[Tensor, ""],
     *,
     version: Literal["joint", "separate"] = "joint",
-    clip: float = 0.2,
-    weight_clip: float = 10.0,
+    clip: Positive = 0.2,
+    weight_clip: Positive = 10.0,
 ) -> Float[Tensor, " P"]:
     """A loss a pair of answers to one prompt, from summed log-probs (nats) and summed token rewards without KL.
 

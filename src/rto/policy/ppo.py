@@ -6,14 +6,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rto.config import Positive
+
 
 def ppo(
     logprobs: Float[Tensor, "B T"],
     old: Float[Tensor, "B T"],
     advantages: Float[Tensor, "B T"],
     *,
-    clip: float = 0.2,
-    clip_high: float | None = None,
+    clip: Positive = 0.2,
+    clip_high: Positive | None = None,
     dual: float | None = None,
 ) -> Float[Tensor, "B T"]:
     """-min(rho A, clip(rho, 1 - clip, 1 + clip_high) A) a token, with rho = exp(logprobs - old).

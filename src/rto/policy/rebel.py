@@ -5,6 +5,8 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
+from rto.config import Positive
+
 
 def rebel(
     first: Float[Tensor, " P"],
@@ -17,7 +19,7 @@ def rebel(
     second_reward: Float[Tensor, " P"],
     kl_coef: Float[Tensor, ""],
     *,
-    eta: float = 1.0,
+    eta: Positive = 1.0,
 ) -> Float[Tensor, " P"]:
     """((delta_1 - delta_2) - eta (r_1 - r_2))^2 a pair of answers to one prompt.
 

@@ -79,9 +79,9 @@ def draw(
         gone |= found["missing"].repeat_interleave(config.group)
     lost = int(gone.sum())
     if lost == len(gone) or lost / len(gone) > config.max_missing:
-        allowed = f"more than policy.max_missing = {config.max_missing} allows" if lost < len(gone) else "not one is left"
+        most = "not one is left" if lost == len(gone) else f"more than policy.max_missing = {config.max_missing} allows"
         raise ValueError(
-            f"iteration {iteration + 1}: {lost} of {len(gone)} answers have no reward, {allowed}: see to what gives "
+            f"iteration {iteration + 1}: {lost} of {len(gone)} answers have no reward, {most}: see to what gives "
             f"the rewards ({', '.join(EXTERNAL)})"
         )
     keep = (~gone).nonzero().squeeze(-1)

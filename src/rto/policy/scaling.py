@@ -42,7 +42,7 @@ def scale_rewards(
     rewards: Float[Tensor, "B T"],
     mask: Bool[Tensor, "B T"],
     moments: RunningMoments,
-    mode: Literal["none", "std", "standardize"],
+    mode: Literal["std", "standardize"] | None,
     clip: float | None,
 ) -> Float[Tensor, "B T"]:
     """Token rewards without KL, scaled and then clamped to +-clip a token; zero outside the mask.
@@ -53,7 +53,7 @@ def scale_rewards(
     they are; where it is below 1e-8 (all answers alike) nothing is divided, for that would make rewards of 1e8.
     """
     rewards = torch.where(mask, rewards, 0.0)
-    if mode != "none":
+    if mode is not None:
         moments.update(masked_sum(rewards, mask)[mask.any(-1)])
         std = moments.std
         if std is not None:

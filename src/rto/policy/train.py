@@ -97,7 +97,7 @@ def train(
             reader.terms, signals, coef if config.kl.place == "reward" else 0.0, config.kl.estimator
         )
         reward = total - parts["kl"]
-        if config.reward_scaling != "none" or config.reward_clip is not None:
+        if config.reward_scaling is not None or config.reward_clip is not None:
             reward = scale_rewards(reward, signals.mask, state.moments, config.reward_scaling, config.reward_clip)
         total = reward + parts["kl"]
         metrics = reward_metrics(reader.terms, signals, total, parts)

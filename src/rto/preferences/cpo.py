@@ -5,6 +5,7 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
+from rto.config import Positive
 from rto.preferences.parts import logistic, per_token
 
 
@@ -13,7 +14,7 @@ def cpo(
     rejected: Float[Tensor, " B"],
     chosen_length: Float[Tensor, " B"],
     *,
-    beta: float = 0.1,
+    beta: Positive = 0.1,
     nll: float = 1.0,
 ) -> Float[Tensor, " B"]:
     """-log sigma(beta (log pi(chosen) - log pi(rejected))) - nll * (log-prob a token of chosen).

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from rto.config import Positive, Share
 from rto.preferences.parts import log_ratio_gap, logistic, per_token
 
 
@@ -18,8 +19,8 @@ def dpo(
     rejected_reference: Float[Tensor, " B"],
     chosen_length: Float[Tensor, " B"],
     *,
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
+    beta: Positive = 0.1,
+    label_smoothing: Share = 0.0,
     variant: Literal["sigmoid", "hinge", "robust"] = "sigmoid",
     nll: float = 0.0,
 ) -> Float[Tensor, " B"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
+from rto.config import Positive
 from rto.preferences.parts import per_token
 
 
@@ -16,7 +17,7 @@ def ipo(
     chosen_length: Float[Tensor, " B"],
     rejected_length: Float[Tensor, " B"],
     *,
-    tau: float = 0.1,
+    tau: Positive = 0.1,
     average: bool = True,
 ) -> Float[Tensor, " B"]:
     """(h - 1 / (2 tau))^2, with h = log-ratio of chosen - log-ratio of rejected.

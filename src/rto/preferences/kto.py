@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from rto.config import Positive
 from rto.numerics import masked_sum
 
 
@@ -16,7 +17,7 @@ def kto(
     there: Bool[Tensor, "B N"],
     baseline: Float[Tensor, " B"],
     *,
-    beta: float = 0.1,
+    beta: Positive = 0.1,
     desirable: float = 1.0,
     undesirable: float = 1.0,
     desirable_above: float = 0.5,

@@ -176,12 +176,13 @@ class PairObjective:
         return sums | {name: read[name].sum().item() for name in sorted(KL & set(read))}
 
     def _implicit(self, read: dict[str, Tensor], side: str) -> Tensor:
-        """The reward that the loss gives an answer: beta times its log-ratio (TDPO: and its KL). Without a reference,
-        beta times its log-prob, a token's mean where the loss reads the lengths of both answers (SimPO, ORPO)."""
-        reward = read[side]
+        """The reward that the loss gives an answer: beta times its log-ratio (TDPO: and its KL), or its log-prob where
+        there is no reference; a token's mean where the loss compares means (IPO, SimPO, ORPO)."""
+        reward, means = read[side], {"chosen_length", "rejected_length"} <= set(self.wanted)
         if self.reference is not None:
             reward = reward - read[f"{side}_reference"] + read.get(f"{side}_kl", 0.0)
-        elif {"chosen_length", "rejected_length"} <= set(self.wanted):
+            means = False
+        if option(self.function, self.options, "average", means):
             reward = reward / read[f"{side}_length"].clamp(min=1)
         return option(self.function, self.options, "beta", 1.0) * reward
 
@@ -204,19 +205,26 @@ def reads_reference(loss: Callable[..., Tensor]) -> bool:
 
 
 def reference_for(loss: Callable[..., Tensor], reference: Role | None, cache: ReferenceCache | None) -> Role | None:
-    """The reference where the loss reads it. Raises ValueError for a cache that it cannot use."""
-    name = loss.__name__
+    """The reference where the loss reads it. Raises ValueError for a cache that the loss cannot use."""
+    if cache is not None:
+        check_cacheable(loss)
     if not reads_reference(loss):
-        if cache is not None:
-            raise ValueError(f"prefer.cache_reference = true, but {name} reads no reference: leave it out")
         return None
-    assert reference is not None, f"{name} reads a reference"
-    if cache is not None and KL & set(reads(loss)):
-        raise ValueError(
-            f"prefer.cache_reference = true keeps one number an answer, but {name} reads the reference's whole "
-            "distribution at every token: set it to false"
-        )
+    assert reference is not None, f"{loss.__name__} reads a reference"
     return reference
+
+
+def check_cacheable(loss: Callable[..., Tensor]) -> None:
+    """Raises:
+    ValueError: the loss has no use for one number an answer from the reference.
+    """
+    if not reads_reference(loss):
+        raise ValueError(f"prefer.cache_reference = true, but {loss.__name__} reads no reference: leave it out")
+    if KL & set(reads(loss)):
+        raise ValueError(
+            f"prefer.cache_reference = true keeps one number an answer, but {loss.__name__} reads the reference's "
+            "whole distribution at every token: set it to false"
+        )
 
 
 def log_ratio_parts(

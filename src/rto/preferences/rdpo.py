@@ -5,6 +5,7 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
+from rto.config import Positive
 from rto.preferences.parts import log_ratio_gap, logistic
 
 
@@ -16,7 +17,7 @@ def rdpo(
     chosen_length: Float[Tensor, " B"],
     rejected_length: Float[Tensor, " B"],
     *,
-    beta: float = 0.1,
+    beta: Positive = 0.1,
     alpha: float = 0.001,
 ) -> Float[Tensor, " B"]:
     """-log sigma(beta h + alpha (|chosen| - |rejected|)), lengths in tokens; alpha is not multiplied by beta.

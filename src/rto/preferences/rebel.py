@@ -5,6 +5,7 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
+from rto.config import Positive
 from rto.preferences.parts import log_ratio_gap
 
 
@@ -15,7 +16,7 @@ def rebel(
     rejected_reference: Float[Tensor, " B"],
     margin: Float[Tensor, " B"],
     *,
-    eta: float = 1.0,
+    eta: Positive = 1.0,
 ) -> Float[Tensor, " B"]:
     """(h - eta * margin)^2: the log-ratio gap regresses on the score gap.
 

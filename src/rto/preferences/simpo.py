@@ -5,6 +5,7 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
+from rto.config import Positive, Share
 from rto.preferences.parts import logistic, per_token
 
 
@@ -14,10 +15,10 @@ def simpo(
     chosen_length: Float[Tensor, " B"],
     rejected_length: Float[Tensor, " B"],
     *,
-    beta: float = 2.5,
+    beta: Positive = 2.5,
     gamma: float | None = 0.5,
     ratio: float | None = None,
-    label_smoothing: float = 0.0,
+    label_smoothing: Share = 0.0,
     nll: float = 0.0,
 ) -> Float[Tensor, " B"]:
     """-log sigma(z), z = beta (a(chosen) - a(rejected)) - gamma, with a = log-prob a token. No reference.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
+from rto.config import Positive
 from rto.preferences.parts import log_ratio_gap, logistic
 
 
@@ -16,7 +17,7 @@ def tdpo1(
     chosen_kl: Float[Tensor, " B"],
     rejected_kl: Float[Tensor, " B"],
     *,
-    beta: float = 0.1,
+    beta: Positive = 0.1,
 ) -> Float[Tensor, " B"]:
     """-log sigma(beta (h - (K(rejected) - K(chosen)))).
 
@@ -35,7 +36,7 @@ def tdpo2(
     chosen_kl: Float[Tensor, " B"],
     rejected_kl: Float[Tensor, " B"],
     *,
-    beta: float = 0.1,
+    beta: Positive = 0.1,
     alpha: float = 0.5,
 ) -> Float[Tensor, " B"]:
     """-log sigma(beta (h - alpha (K(rejected) - stop[K(chosen)]))); no gradient through the chosen K, and only there.

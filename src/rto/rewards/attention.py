@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rto.batch import Signals
+from rto.config import NonNegative, Share
 from rto.segments import last_token
 
 
@@ -16,8 +17,8 @@ def attention(
     signals: Signals,
     *,
     scale: float = 1.0,
-    share: float = 0.8,
-    clip: float | None = 10.0,
+    share: Share = 0.8,
+    clip: NonNegative | None = 10.0,
     reader: Literal["scorer", "policy"] = "scorer",
     reading: Literal["last", "mean"] = "last",
 ) -> Float[Tensor, "B T"]:

@@ -11,10 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rto.batch import Signals
+from rto.config import Count, NonNegative, Positive, Whole
 
 
 def function(
-    signals: Signals, *, function: str = "", scale: float = 1.0, clip: float | None = None
+    signals: Signals, *, function: str = "", scale: float = 1.0, clip: NonNegative | None = None
 ) -> Float[Tensor, "B T"]:
     """scale * clamp(what ``function`` ("module:name") said of each token, +-clip)."""
     assert signals.function is not None
@@ -26,10 +27,10 @@ def http(
     *,
     url: str = "",
     scale: float = 1.0,
-    clip: float | None = None,
-    timeout: float = 30.0,
-    retries: int = 3,
-    batch: int = 32,
+    clip: NonNegative | None = None,
+    timeout: Positive = 30.0,
+    retries: Whole = 3,
+    batch: Count = 32,
 ) -> Float[Tensor, "B T"]:
     """scale * clamp(what the server at ``url`` said of each token, +-clip)."""
     assert signals.http is not None

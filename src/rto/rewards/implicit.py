@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rto.batch import Signals
+from rto.config import NonNegative
 from rto.segments import to_ends
 
 
@@ -16,7 +17,7 @@ def implicit(
     signals: Signals,
     *,
     scale: float = 0.05,
-    clip: float | None = 0.05,
+    clip: NonNegative | None = 0.05,
     placement: Literal["token", "sentence", "end"] = "token",
 ) -> Float[Tensor, "B T"]:
     """clamp(scale * (log pi_guide - log pi_ref), +-clip) on every token (RTO paper Eq. 4.7).

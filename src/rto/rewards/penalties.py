@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rto.batch import Signals
+from rto.config import Count
 from rto.segments import last_token
 
 Placement = Literal["every", "end"]
@@ -24,7 +25,7 @@ def missing_eos(signals: Signals, *, value: float = -0.05, placement: Placement 
 
 
 def length(
-    signals: Signals, *, limit: int = 800, value: float = -0.05, placement: Placement = "every"
+    signals: Signals, *, limit: Count = 800, value: float = -0.05, placement: Placement = "every"
 ) -> Float[Tensor, "B T"]:
     """``value`` on every token (or on the last one) of an answer of more than ``limit`` tokens, end-of-sequence
     included."""

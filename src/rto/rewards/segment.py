@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rto.batch import Signals
+from rto.config import NonNegative
 from rto.segments import segment_lengths, segment_sums
 
 
@@ -18,7 +19,7 @@ def segment(
     scale: float = 1.0,
     layout: Literal["even", "last", "same"] = "even",
     length_norm: bool = False,
-    clip: float | None = 10.0,
+    clip: NonNegative | None = 10.0,
 ) -> Float[Tensor, "B T"]:
     """clamp(scale * x, +-clip) on every token, x the layout of the normalised values u_k of segments of n_k tokens
     (Segmenting Text and Learning Their Rewards, arXiv 2501.02790; names and order of its published code).

@@ -7,11 +7,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rto.batch import Signals
+from rto.config import NonNegative
 from rto.rewards.implicit import implicit
 from rto.segments import last_token
 
 
-def shaped(signals: Signals, *, scale: float = 0.05, clip: float | None = 0.05) -> Float[Tensor, "B T"]:
+def shaped(signals: Signals, *, scale: float = 0.05, clip: NonNegative | None = 0.05) -> Float[Tensor, "B T"]:
     """:func:`implicit` on every token, minus its sum over the answer on the last one (RS-PPO in the RTO paper).
 
     The sum of an answer is 0. It is the clipped rewards that are taken back, so that this holds with a clip, too.

@@ -41,9 +41,8 @@ def attention_weights(role: Role, completions: Completions, reading: Reading, bu
         with _recorded(role.backbone) as kept:
             role.hidden(part)
         if len(kept) != 1:
-            raise ValueError(
-                f"{role.backbone.source}: {_family(role)} gives no attention weights: choose another model"
-            )
+            family = type(role.backbone.network).__name__
+            raise ValueError(f"{role.backbone.source}: {family} gives no attention weights: choose another model")
         return _normalised(spread(*_positions(part), kept[0]), part.mask)
 
     return in_micro_batches(completions, read, min(budget, max(1, rows) * longest), role.backbone.device)
@@ -107,7 +106,3 @@ def _recorded(backbone: Backbone) -> Iterator[list[Float[Tensor, "B S S"]]]:
         network.set_attn_implementation(before)
         for hook in hooks:
             hook.remove()
-
-
-def _family(role: Role) -> str:
-    return type(role.backbone.network).__name__

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 Spans = list[Span]
 
+_BROKEN = "\ufffd"  # what bytes that are no whole character decode to
+_BYTES = 8  # tokens that one character, or two that share a token, may take
+
 
 class ForeignScorer:
     """Reads the policy's answers with a scorer of another tokenizer.
@@ -59,7 +62,8 @@ class ForeignScorer:
         self.limit = limit or getattr(settings, "max_position_embeddings", None) or 2**31
         self.encoder = Encoder(tokenizer, self.limit, self.limit)
         self.misaligned = 0.0
-        self._pieces: dict[int, str] = {}
+        self._anchor = policy.tokenizer("a", add_special_tokens=False)["input_ids"]
+        self._pieces: dict[tuple[int, ...], str] = {}
 
     @classmethod
     def open(cls, folder: str, policy: Encoder, runtime: Runtime, budget: int) -> ForeignScorer:
@@ -152,20 +156,36 @@ class ForeignScorer:
     def _spans(self, ids: list[int]) -> Spans:
         """Which characters of the decoded text each token stands for; empty until a character is complete."""
         text = self.policy.decode(ids)
-        for token in set(ids) - self._pieces.keys():
-            self._pieces[token] = self.policy.decode([token])
-        pieces = [self._pieces[token] for token in ids]
+        pieces = self._split(ids)
         if "".join(pieces) == text:
-            ends = [0]
-            for piece in pieces:
-                ends.append(ends[-1] + len(piece))
+            ends = list(accumulate(map(len, pieces)))
         else:  # a token's text depends on its neighbours: decode every beginning, which is slower
-            ends = [0]
-            for stop in range(1, len(ids)):
-                same = len(os.path.commonprefix([self.policy.decode(ids[:stop]), text]))
-                ends.append(max(ends[-1], same))
-            ends.append(len(text))
-        return list(zip(ends, ends[1:], strict=False))[: len(ids)]
+            beginnings = (self.policy.decode(ids[:stop]) for stop in range(1, len(ids)))
+            ends = list(accumulate((len(os.path.commonprefix([part, text])) for part in beginnings), max))
+            ends += [len(text)] * (len(ids) > 0)
+        return list(zip([0, *ends], ends, strict=False))
+
+    def _split(self, ids: list[int]) -> list[str]:
+        """Each token's text on its own. Of tokens that are bytes of one character, the last has it."""
+        pieces: list[str] = []
+        while len(pieces) < len(ids):
+            start = len(pieces)
+            whole = [self._piece(ids[start : start + 1], start == 0)]
+            if _BROKEN in whole[0]:
+                for stop in range(start + 2, min(start + _BYTES, len(ids)) + 1):
+                    if _BROKEN not in (together := self._piece(ids[start:stop], start == 0)):
+                        whole = [""] * (stop - start - 1) + [together]
+                        break
+            pieces += whole
+        return pieces
+
+    def _piece(self, ids: list[int], first: bool) -> str:
+        """The text of some tokens, at the beginning (where some decoders drop a space) or after others."""
+        key = (first, *ids)
+        if key not in self._pieces:
+            before = [] if first else self._anchor
+            self._pieces[key] = self.policy.decode([*before, *ids])[len(self.policy.decode(before)) :]
+        return self._pieces[key]
 
     def _back(
         self,

@@ -166,6 +166,8 @@ class Reader:
         found: dict[str, float] = {}
         if self.scorer is not None and isinstance(self.scorer.role, ForeignScorer):
             found["scorer_misaligned"] = self.scorer.role.misaligned
+        if "http" in self.needs:
+            found["http_failures"] = float(self._http.failures)
         return found
 
 
