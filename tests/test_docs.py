@@ -26,7 +26,11 @@ else:
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [*DOCS, *(path for path in [ROOT / "README.md"] if path.exists())]
-GLOSSARIES = (("rl.md", "## Glossary of metrics"), ("preferences.md", "## Metrics"), ("preferences.md", "## Scored answers"))
+GLOSSARIES = (
+    ("rl.md", "## Glossary of metrics"),
+    ("preferences.md", "## Metrics"),
+    ("preferences.md", "## Scored answers"),
+)
 # One small run whose stages log every metric that there is, but for what needs a scorer with another tokenizer.
 TINY = {
     "stages": ["sft", "prefer", "reward", "rl"],

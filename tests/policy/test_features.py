@@ -3,6 +3,7 @@ missing, KL as a loss, a moving reference, critic warm-up, the PTX mix, scaling 
 
 from __future__ import annotations
 
+import copy
 import statistics
 
 import pytest
@@ -11,7 +12,9 @@ from torch.testing import assert_close
 
 from rto import rewards
 from rto.advantages import gae
+from rto.config import Lora
 from rto.models.checkpoint import ScorerNotes
+from rto.models.workshop import Workshop
 from rto.numerics import reduce, whiten
 from rto.optim import Optimizer
 from rto.policy.kl_loss import kl_loss
@@ -19,6 +22,7 @@ from rto.policy.rollout import prompts_of
 from rto.policy.train import _advantages
 from rto.policy.update import Buffer, Learner, update
 from rto.preferences.objectives import SftObjective
+from rto.preferences.rounds import copy_weights
 from rto.rewards import METHODS
 from rto.rewards.normaliser import Normaliser
 from rto.seeds import shuffled
@@ -231,6 +235,39 @@ def test_kl_is_taken_against_the_moving_reference_and_implicit_against_the_froze
     assert row["kl"] == pytest.approx(0.0, abs=1e-4)  # the logged KL is that to the frozen one: still the policy
 
 
+def test_the_moving_reference_is_an_adapter_among_others(world, tmp_path):
+    """One backbone with LoRA: the moving one follows the policy, and base, guide and scorer stay as they are."""
+    lora, shop = copy.copy(world), world.shop
+    model = shop.model.model_copy(update={"lora": Lora(r=2)})
+    lora.shop = Workshop(model, shop.base, shop.tokenizer, world.runtime, 0)
+    roles = lora.roles(cutoff=1.0, normaliser=LINES)
+    roles.moving = lora.shop.new_policy("moving")
+    copy_weights(roles.policy, roles.moving)
+    c = world.draw(world.roles(), world.settings(), [IMPLICIT]).completions
+    seen = []
+
+    def look(asked, completions) -> list[float]:
+        seen.append((lora.weights(roles.policy), lora.weights(roles.moving)))
+        return [0.0] * len(asked)
+
+    def still() -> list[torch.Tensor]:
+        return [roles.reference.logprobs(c)[0], roles.guide.logprobs(c)[0], roles.scorer.token_scores(c)]
+
+    look([], None)
+    with torch.no_grad():
+        before = still()
+        config = world.settings(kl={"ema": 0.75, "coef": 0.1}, lr=3e-2, batch=4)
+    rows = lora.run(tmp_path, roles, config, [IMPLICIT, *METHODS["segment-ppo"]], oracle=look)
+    with torch.no_grad():
+        assert equal(before, still())
+    for (_, slow), (fast, result) in zip(seen, seen[1:], strict=False):
+        for a, b, found in zip(slow, fast, result, strict=True):
+            assert_close(found, 0.75 * a + 0.25 * b, atol=1e-6, rtol=0)
+    assert not equal(seen[0][1], seen[2][1])
+    assert rows[0]["reward/kl"] == pytest.approx(0.0, abs=1e-5) == rows[0]["kl"]
+    assert abs(rows[1]["reward/kl"]) > 1e-4 and rows[1]["reward/kl"] != pytest.approx(-0.1 * rows[1]["kl"], rel=1e-3)
+
+
 # --- critic -------------------------------------------------------------------------------------------
 
 
@@ -318,7 +355,7 @@ def test_each_step_mixes_in_other_demonstrations(world, tmp_path):
 FIRST, SECOND = [1.0, -2.0, 3.0, 0.0, 5.0, 1.0, -1.0, 9.0], [2.0 * i for i in range(8)]
 
 
-@pytest.mark.parametrize("mode", ["none", "std", "standardize"])
+@pytest.mark.parametrize("mode", [None, "std", "standardize"])
 @pytest.mark.parametrize("clip", [None, 0.8])
 def test_rewards_are_scaled_by_running_moments_then_clipped(world, tmp_path, scores, mode, clip):
     """The second iteration knows the rewards of both; a batch counts before it is scaled."""
@@ -328,7 +365,7 @@ def test_rewards_are_scaled_by_running_moments_then_clipped(world, tmp_path, sco
     )
     rows = world.run(tmp_path / "run", world.roles(), config, scores(body))
     for row, given, known in zip(rows, (FIRST, SECOND), (FIRST, FIRST + SECOND), strict=True):
-        std = statistics.stdev(known) if mode != "none" else 1.0
+        std = statistics.stdev(known) if mode is not None else 1.0
         mean = statistics.mean(known) if mode == "standardize" else 0.0
         scaled = [(r - mean) / std for r in given]
         held = [r if clip is None else min(max(r, -clip), clip) for r in scaled]

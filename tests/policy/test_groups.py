@@ -234,6 +234,19 @@ def test_a_pair_that_lost_an_answer_is_left_out(world, spy, scores):
     assert [[side.tolist() for side in call["of"]] for call in spy] in ([[[0.0, 2.0]] * 2], [[[2.0, 0.0]] * 2])
 
 
+def test_a_great_kl_leaves_the_rewards_as_they_are(world, tmp_path, spy):
+    """The reward without KL is summed without it: taken off again, e^10 nats of k3 would leave its rounding."""
+    far = world.moved(world.shop.reference(), "reference", 3.0)
+    kl = {"coef": 1e3, "estimator": "k3"}
+    config = world.settings(group=2, loss={"type": "spy"}, kl=kl, max_steps=1)
+    roles = world.roles(reference=far)
+    scores = world.draw(roles, config, [TERMINAL]).signals.scores
+    row = world.run(tmp_path, roles, config, [TERMINAL])[0]
+    assert row["reward/kl"] < -1e6
+    found = sorted(x for call in spy for side in call["of"] for x in side.tolist())
+    assert found == sorted(scores.tolist())
+
+
 def test_no_whole_pair_is_no_step(world, tmp_path, scores):
     config, roles = world.settings(group=2, loss={"type": "p3o"}, max_steps=1), world.roles()
     before = world.weights(roles.policy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -78,7 +79,8 @@ def scorer_role(tokenizer: hf.PreTrainedTokenizerFast, positions: int = 512) -> 
 
 
 POLICY = Encoder(byte_level(272, CHATML), 200, 200)
-ROWS = [PromptRow(row, POLICY.text(talk), POLICY.prompt(talk)) for row, talk in enumerate(TALKS)]
+BARE = [PromptRow(row, POLICY.text(talk), POLICY.prompt(talk)) for row, talk in enumerate(TALKS)]  # text alone
+ROWS = [replace(row, prompt=talk) for row, talk in zip(BARE, TALKS, strict=True)]
 
 
 def foreign(tokenizer: hf.PreTrainedTokenizerFast, policy: Encoder = POLICY, **options) -> ForeignScorer:
@@ -115,14 +117,14 @@ def plain(judge: ForeignScorer, row: int, cut: bool = False) -> tuple[Tensor, li
 def test_a_scorer_with_the_policys_tokenizer_reads_as_ever():
     judge, given = foreign(POLICY.tokenizer), completions(cut=(0,))
     scores = sentence_scores(judge.role, given, BIG)
-    torch.testing.assert_close(judge.scores(given, ROWS, TALKS), scores)
-    torch.testing.assert_close(judge.token_scores(given, ROWS, TALKS), token_values(judge.role, given, BIG))
+    torch.testing.assert_close(judge.scores(given, ROWS), scores)
+    torch.testing.assert_close(judge.token_scores(given, ROWS), token_values(judge.role, given, BIG))
     assert judge.misaligned == 0.0
     for reading in ("last", "mean"):
         expected = attention_weights(judge.role, given, reading, BIG)
-        torch.testing.assert_close(judge.attention(given, ROWS, reading, TALKS), expected)
+        torch.testing.assert_close(judge.attention(given, ROWS, reading), expected)
         assert judge.misaligned == 0.0
-    torch.testing.assert_close(judge.scores(given, ROWS), scores)  # here the text of the prompts says the same
+    torch.testing.assert_close(judge.scores(given, BARE), scores)  # here the text of the prompts says the same
 
 
 # --- another one --------------------------------------------------------------------------------------
@@ -142,7 +144,7 @@ def test_scores_are_those_of_the_scorers_own_chat(tokenizer, cut):
     judge = foreign(tokenizer)
     given = completions(cut=(0, 1, 2) if cut else ())
     expected = torch.stack([plain(judge, row, cut)[0][-1] for row in range(3)])
-    torch.testing.assert_close(judge.scores(given, ROWS, TALKS), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(judge.scores(given, ROWS), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("tokenizer", OTHERS, ids=["metaspace", "coarser", "finer"])
@@ -150,7 +152,7 @@ def test_scores_are_those_of_the_scorers_own_chat(tokenizer, cut):
 def test_token_scores_are_read_where_the_policys_tokens_end(tokenizer, cut):
     judge = foreign(tokenizer)
     given = completions(cut=(0, 1, 2) if cut else ())
-    found = judge.token_scores(given, ROWS, TALKS)
+    found = judge.token_scores(given, ROWS)
     assert found.shape == given.ids.shape and (found[~given.mask] == 0).all()
     check_misaligned(judge)
     for row in (0, 2):  # without characters of several bytes, whose spans are another test's
@@ -168,7 +170,7 @@ def test_token_scores_are_read_where_the_policys_tokens_end(tokenizer, cut):
 @pytest.mark.parametrize("reading", ["last", "mean"])
 def test_attention_stays_a_share(tokenizer, reading):
     judge, given = foreign(tokenizer), completions(cut=(1,))
-    found = judge.attention(given, ROWS, reading, TALKS)
+    found = judge.attention(given, ROWS, reading)
     torch.testing.assert_close(found.sum(-1), torch.ones(3))
     assert (found >= 0).all() and (found[~given.mask] == 0).all()
     check_misaligned(judge)
@@ -176,18 +178,18 @@ def test_attention_stays_a_share(tokenizer, reading):
 
 def test_rows_are_the_same_alone():
     judge, given = foreign(metaspace()), completions()
-    together = judge.token_scores(given, ROWS, TALKS)
+    together = judge.token_scores(given, ROWS)
     for row in range(3):
-        alone = judge.token_scores(given.rows(torch.tensor([row])), [ROWS[row]], [TALKS[row]])
+        alone = judge.token_scores(given.rows(torch.tensor([row])), [ROWS[row]])
         torch.testing.assert_close(alone[0], together[row], atol=1e-5, rtol=0)
 
 
 def test_without_conversations_the_scorer_reads_the_policys_template():
     judge, given = foreign(metaspace()), completions()
-    spelled = [row.text for row in ROWS]
-    assert "<|start|>user" in spelled[0]
-    torch.testing.assert_close(judge.scores(given, ROWS), judge.scores(given, ROWS, spelled))
-    assert (judge.scores(given, ROWS) - judge.scores(given, ROWS, TALKS)).abs().max() > 1e-3
+    assert "<|start|>user" in BARE[0].text
+    spelled = [replace(row, prompt=row.text) for row in BARE]
+    torch.testing.assert_close(judge.scores(given, BARE), judge.scores(given, spelled))
+    assert (judge.scores(given, BARE) - judge.scores(given, ROWS)).abs().max() > 1e-3
 
 
 def test_the_space_before_an_answer_belongs_to_the_template():
@@ -195,9 +197,9 @@ def test_the_space_before_an_answer_belongs_to_the_template():
     spaced = Encoder(byte_level(272, None), 200, 200)
     assert spaced.decode(spaced.answer(TALKS[0], "the cat")[0]) == " the cat"
     judge = foreign(OTHERS[2], spaced)
-    found = judge.scores(completions(spaced), ROWS, TALKS)
-    torch.testing.assert_close(found, foreign(OTHERS[2]).scores(completions(), ROWS, TALKS))
-    assert judge.token_scores(completions(spaced), ROWS, TALKS).isfinite().all()
+    found = judge.scores(completions(spaced), ROWS)
+    torch.testing.assert_close(found, foreign(OTHERS[2]).scores(completions(), ROWS))
+    assert judge.token_scores(completions(spaced), ROWS).isfinite().all()
 
 
 def test_an_answer_without_words():
@@ -205,10 +207,9 @@ def test_an_answer_without_words():
     judge = foreign(metaspace())
     special = POLICY.tokenizer.convert_tokens_to_ids("<s>")
     given = collate_completions([ROWS[0].ids] * 2, [[POLICY.end], [special]], [True, False], POLICY.pad)
-    talks = [TALKS[0]] * 2
-    scores = judge.scores(given, ROWS[:1] * 2, talks)
-    torch.testing.assert_close(judge.token_scores(given, ROWS[:1] * 2, talks)[:, 0], scores)
-    assert judge.attention(given, ROWS[:1] * 2, "last", talks).tolist() == [[1.0], [1.0]]
+    scores = judge.scores(given, ROWS[:1] * 2)
+    torch.testing.assert_close(judge.token_scores(given, ROWS[:1] * 2)[:, 0], scores)
+    assert judge.attention(given, ROWS[:1] * 2, "last").tolist() == [[1.0], [1.0]]
 
 
 def test_an_end_token_that_is_spelled_out_ends_the_answer():
@@ -217,9 +218,9 @@ def test_an_end_token_that_is_spelled_out_ends_the_answer():
     ids += POLICY.tokenizer("> the dog", add_special_tokens=False)["input_ids"]
     short = POLICY.answer(TALKS[0], "the cat")[0]
     given = collate_completions([ROWS[0].ids] * 2, [[*ids, POLICY.end], short], [True, True], POLICY.pad)
-    scores = judge.scores(given, ROWS[:1] * 2, [TALKS[0]] * 2)
+    scores = judge.scores(given, ROWS[:1] * 2)
     torch.testing.assert_close(scores[0], scores[1])
-    assert judge.token_scores(given, ROWS[:1] * 2, [TALKS[0]] * 2).isfinite().all()
+    assert judge.token_scores(given, ROWS[:1] * 2).isfinite().all()
 
 
 # --- spans --------------------------------------------------------------------------------------------
@@ -265,16 +266,16 @@ def test_spans_of_bytes_by_hand():
 def test_a_long_prompt_loses_its_beginning_but_not_its_bos():
     tokenizer = metaspace()
     judge = foreign(tokenizer, positions=24)
-    own, _, _ = judge._translated(completions(), ROWS, TALKS)
+    own, _, _ = judge._translated(completions(), ROWS)
     widths = (own.prompt.mask.sum(-1) + own.lengths).tolist()
     assert max(widths) == 24
     assert (own.prompt.ids[0][own.prompt.mask[0]][0]) == tokenizer.bos_token_id
-    assert judge.token_scores(completions(), ROWS, TALKS).isfinite().all()
+    assert judge.token_scores(completions(), ROWS).isfinite().all()
 
 
 def test_an_answer_over_the_limit_is_an_error():
     with pytest.raises(ValueError, match="an answer has .* tokens for the scorer judge, which reads 5 with the prompt"):
-        foreign(metaspace(), limit=5).scores(completions(), ROWS, TALKS)
+        foreign(metaspace(), limit=5).scores(completions(), ROWS)
 
 
 def test_open_reads_a_folder(tmp_path: Path):
@@ -284,8 +285,8 @@ def test_open_reads_a_folder(tmp_path: Path):
     tokenizer.save_pretrained(tmp_path)
     judge = ForeignScorer.open(str(tmp_path), POLICY, Runtime("cpu"), BIG)
     assert not any(p.requires_grad for p in judge.role.parameters())
-    expected = foreign(tokenizer).token_scores(completions(), ROWS, TALKS)
-    torch.testing.assert_close(judge.token_scores(completions(), ROWS, TALKS), expected)
+    expected = foreign(tokenizer).token_scores(completions(), ROWS)
+    torch.testing.assert_close(judge.token_scores(completions(), ROWS), expected)
 
 
 def test_an_adapter_is_refused(tmp_path: Path):

@@ -73,7 +73,7 @@ class Encoder:
         self.max_response = max_response
         self.on_over_long = on_over_long
         self._chat_template = _template(tokenizer)
-        self._lead, end = self._probe()
+        self.lead, end = self._probe()
         if end is None:
             raise ValueError(
                 f"{tokenizer.name_or_path or 'the tokenizer'}: neither the chat template nor an EOS token says how a "
@@ -96,7 +96,7 @@ class Encoder:
 
         An end token that is spelled out in the text ends the answer there: nothing is generated after it either.
         """
-        lead = "" if isinstance(prompt, str) else self._lead
+        lead = "" if isinstance(prompt, str) else self.lead
         ids = self._ids(lead + answer)
         if self.end in ids:
             ids = ids[: ids.index(self.end)]
@@ -169,9 +169,12 @@ class Encoder:
 
 @dataclass(frozen=True)
 class PromptRow:
+    """``prompt`` is what ``text`` was rendered from: a scorer with another chat template renders it anew."""
+
     row: int
     text: str
     ids: list[int]
+    prompt: Prompt | None = None
 
 
 @dataclass(frozen=True)
@@ -229,7 +232,7 @@ def encode_prompts(encoder: Encoder, loaded: Loaded[TextPrompt]) -> Encoded[Prom
     for row in loaded.rows:
         coded = _encode(encoder, out, row.row, row.prompt, [])
         if coded is not None:
-            out.rows.append(PromptRow(row.row, coded[0], coded[1]))
+            out.rows.append(PromptRow(row.row, coded[0], coded[1], row.prompt))
     return _some(out)
 
 

@@ -18,6 +18,7 @@ from rto.data.chat import (
     encode_scored,
     load_template,
 )
+from rto.data.layouts import Prompt
 from rto.data.sources import Loaded, RejectedRow, read_answers, read_pairs, read_prompts, read_scored, split_rows
 from rto.data.worlds import world_rows, world_tokenizer
 
@@ -106,7 +107,7 @@ def _files(data: recipe.Files, encoder: Encoder, seed: int) -> Rows:
         own = encode_answers(encoder, read_answers(data))
         answers = _some("sft", data.sft, [row for row in own.rows if row.prompt_text not in held_out])
         rejected += own.rejected
-    prompts = _prompts(chosen["train"])
+    prompts = _prompts(chosen["train"], by_row)
     if data.prompts is not None:
         asked = encode_prompts(encoder, read_prompts(data))
         prompts = _some("prompts", data.prompts, [row for row in asked.rows if row.text not in held_out])
@@ -122,7 +123,7 @@ def _files(data: recipe.Files, encoder: Encoder, seed: int) -> Rows:
         chosen["train"],
         prompts,
         chosen["test"],
-        _prompts(chosen["test"]),
+        _prompts(chosen["test"], by_row),
         chosen["oracle"],
         scored,
         rejected,
@@ -159,8 +160,8 @@ def _answer(pair: PairRow) -> AnswerRow:
     return AnswerRow(pair.row, pair.prompt_text, pair.prompt, pair.chosen, pair.chosen_finished)
 
 
-def _prompts(pairs: list[PairRow]) -> list[PromptRow]:
-    return _distinct([PromptRow(pair.row, pair.prompt_text, pair.prompt) for pair in pairs])
+def _prompts(pairs: list[PairRow], said: dict[int, Prompt]) -> list[PromptRow]:
+    return _distinct([PromptRow(pair.row, pair.prompt_text, pair.prompt, said[pair.row]) for pair in pairs])
 
 
 def _distinct(prompts: list[PromptRow]) -> list[PromptRow]:

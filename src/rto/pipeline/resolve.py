@@ -11,9 +11,10 @@ import torch
 
 from rto import rewards
 from rto.advantages import ADVANTAGES
-from rto.config import Config, Policy, Section, Spec, Trained
+from rto.config import Config, Policy, Prefer, Section, Spec, Trained
 from rto.policy import LOSSES, is_pairwise
 from rto.preferences import PREFERENCE_LOSSES, REWARD_LOSSES
+from rto.preferences.objectives import check_cacheable
 from rto.recipe import complete, nearest
 
 
@@ -35,6 +36,8 @@ def resolve(config: Config) -> Config:
         where = "policy" if name == config.policy.method else f"baselines.{name}"
         check_policy(config, policy, terms_of(policy, where), where)
         _completed(policy, where)
+    for stage, guide in config.preferences().items():
+        _cacheable(guide, _where(stage))
     guides = {name: _trained(config.preferences()[f"prefer/{name}"], "prefer", name) for name in config.guides}
     scorers = {name: _trained(config.rewards()[f"reward/{name}"], "reward", name) for name in config.scorers}
     return config.model_copy(
@@ -56,6 +59,15 @@ def _where(stage: str) -> str:
     """The table of the recipe that a stage is told in."""
     kind, _, name = stage.partition("/")
     return kind if not name else f"{'guides' if kind == 'prefer' else 'scorers'}.{name}"
+
+
+def _cacheable(section: Prefer, where: str) -> None:
+    loss = PREFERENCE_LOSSES.get(section.loss.get("type", "dpo"))
+    if section.cache_reference and loss is not None:
+        try:
+            check_cacheable(loss)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
 
 
 def _trained(section: Section, kind: str, name: str) -> Spec:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -63,27 +62,31 @@ def prefer(job: Job, stage: str, settings: Prefer) -> str:
         need_margins(rows.pairs, f"{stage}: the loss {settings.loss['type']}")
     cache = None
     if settings.cache_reference:
-        cache = ReferenceCache(job.folder / "reference_cache.safetensors", fingerprint(reference))
-    objective = partial(objective_for, role, loss, _options(settings.loss), rows.encoder.pad)
-    if settings.rounds.count == 1:
-        _fit(job, stage, objective(reference, cache), read, settings, held_out)
-    else:
-        follower = reference if role.adapter is None else shop.new_policy("follower")
-        fit_rounds(
-            stage,
-            role,
-            reference,
-            lambda: follower,
-            objective,
-            read,
-            settings,
-            settings.rounds,
-            seed=job.config.seed,
-            runtime=job.runtime,
-            log=job.log,
-            progress=job.progress,
-            held_out=held_out,
-        )
+        cache = ReferenceCache(job.folder / "reference_cache.safetensors", "")  # objective() names the reference
+
+    def objective(against: Role) -> Any:
+        if cache is not None:
+            cache.fingerprint = fingerprint(against)
+        return objective_for(role, loss, _options(settings.loss), rows.encoder.pad, against, cache)
+
+    def follower() -> Role:
+        return reference if role.adapter is None else shop.new_policy("follower")
+
+    fit_rounds(
+        stage,
+        role,
+        reference,
+        follower,
+        objective,
+        read,
+        settings,
+        settings.rounds,
+        seed=job.config.seed,
+        runtime=job.runtime,
+        log=job.log,
+        progress=job.progress,
+        held_out=held_out,
+    )
     if cache is not None:
         cache.save(job.runtime)
     job.save(role, stage)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -93,10 +94,11 @@ def train(
         begun = time.perf_counter()
         drawn = draw(policy, critic, reader, prompts, config, state.iteration, seed, runtime, wants_greedy)
         signals, coef = drawn.signals, state.controller.coef
-        total, parts = rewards.total(
+        _, parts = rewards.total(
             reader.terms, signals, coef if config.kl.place == "reward" else 0.0, config.kl.estimator
         )
-        reward = total - parts["kl"]
+        # Summed without KL: to take it off the total would leave its rounding, which a large KL makes large.
+        reward = sum((part for name, part in parts.items() if name != "kl"), torch.zeros_like(parts["kl"]))
         if config.reward_scaling is not None or config.reward_clip is not None:
             reward = scale_rewards(reward, signals.mask, state.moments, config.reward_scaling, config.reward_clip)
         total = reward + parts["kl"]

@@ -219,10 +219,10 @@ def check_cacheable(loss: Callable[..., Tensor]) -> None:
     ValueError: the loss has no use for one number an answer from the reference.
     """
     if not reads_reference(loss):
-        raise ValueError(f"prefer.cache_reference = true, but {loss.__name__} reads no reference: leave it out")
+        raise ValueError(f"cache_reference = true, but {loss.__name__} reads no reference: leave it out")
     if KL & set(reads(loss)):
         raise ValueError(
-            f"prefer.cache_reference = true keeps one number an answer, but {loss.__name__} reads the reference's "
+            f"cache_reference = true keeps one number an answer, but {loss.__name__} reads the reference's "
             "whole distribution at every token: set it to false"
         )
 

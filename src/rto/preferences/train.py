@@ -74,7 +74,8 @@ def fit(
 ) -> LoopState:
     """Train ``objective.role`` on ``rows``; metrics go to ``log``, their steps counted from ``before``.
 
-    The rows of every epoch are shuffled by (seed, stage, epoch). The last batch may be smaller.
+    The rows of every epoch are shuffled by (seed, kind of stage, epoch): "prefer/kto" sees the order of
+    "prefer". The last batch may be smaller.
 
     Raises:
         FloatingPointError: a loss or a gradient is not finite; the step is not taken, and the data rows are named.
@@ -83,7 +84,8 @@ def fit(
     if training.max_steps:
         wanted = min(wanted, training.max_steps * training.batch)
     steps = math.ceil(wanted / training.batch)
-    order = [i for epoch in range(math.ceil(wanted / len(rows))) for i in shuffled(len(rows), seed, stage, epoch)]
+    kind = stage.partition("/")[0]
+    order = [i for epoch in range(math.ceil(wanted / len(rows))) for i in shuffled(len(rows), seed, kind, epoch)]
     order = order[:wanted]
     state = LoopState(Optimizer(objective.role.parameters(), training, training.lr, steps))
     progress.start(stage, steps)

@@ -37,8 +37,8 @@ _BYTES = 8  # tokens that one character, or two that share a token, may take
 class ForeignScorer:
     """Reads the policy's answers with a scorer of another tokenizer.
 
-    It sees the ``conversations`` that the prompts were made of under its own chat template. Without them it sees the
-    text of the prompts, with the policy's template spelled out, which it was hardly trained on. An answer that ended by
+    It sees the conversations that the prompts were made of under its own chat template. Of a prompt without one it
+    sees the text, with the policy's template spelled out, which it was hardly trained on. An answer that ended by
     itself ends with the scorer's own end token; one that was cut has none. ``policy`` is the policy's encoder,
     ``budget`` in padded tokens of one pass. ``limit`` is in the scorer's tokens, by default its positions: longer
     prompts lose their beginning. ``misaligned`` is the share of the absolute mass of the last token readings that lay
@@ -80,18 +80,14 @@ class ForeignScorer:
 
     # --- readings ---------------------------------------------------------------------------------------
 
-    def scores(
-        self, completions: Completions, prompts: Sequence[PromptRow], conversations: Sequence[Prompt] | None = None
-    ) -> Float[Tensor, " B"]:
+    def scores(self, completions: Completions, prompts: Sequence[PromptRow]) -> Float[Tensor, " B"]:
         """The scorer at each answer's last token."""
-        own, _, _ = self._translated(completions, prompts, conversations)
+        own, _, _ = self._translated(completions, prompts)
         return sentence_scores(self.role, own, self.budget)
 
-    def token_scores(
-        self, completions: Completions, prompts: Sequence[PromptRow], conversations: Sequence[Prompt] | None = None
-    ) -> Float[Tensor, "B T"]:
+    def token_scores(self, completions: Completions, prompts: Sequence[PromptRow]) -> Float[Tensor, "B T"]:
         """The scorer where each of the policy's tokens ends: at the first of its own that ends there or later."""
-        own, theirs, ours = self._translated(completions, prompts, conversations)
+        own, theirs, ours = self._translated(completions, prompts)
         values = token_values(self.role, own, self.budget)
         return self._back(completions, values, theirs, ours, lambda v, f, t: at_ends(v, f, [end for _, end in t]))
 
@@ -100,19 +96,18 @@ class ForeignScorer:
         completions: Completions,
         prompts: Sequence[PromptRow],
         reading: Reading,
-        conversations: Sequence[Prompt] | None = None,
     ) -> Float[Tensor, "B T"]:
         """The scorer's :func:`~rto.rollouts.attention.attention_weights` as shares of the policy's tokens: sum 1."""
-        own, theirs, ours = self._translated(completions, prompts, conversations)
+        own, theirs, ours = self._translated(completions, prompts)
         return self._back(completions, attention_weights(self.role, own, reading, self.budget), theirs, ours, carry)
 
     # --- there and back ---------------------------------------------------------------------------------
 
     def _translated(
-        self, completions: Completions, prompts: Sequence[PromptRow], conversations: Sequence[Prompt] | None
+        self, completions: Completions, prompts: Sequence[PromptRow]
     ) -> tuple[Completions, list[Spans], list[Spans]]:
         """The answers in the scorer's tokens, the spans of these, and the spans of the policy's tokens."""
-        seen = [row.text for row in prompts] if conversations is None else conversations
+        seen = [row.text if row.prompt is None else row.prompt for row in prompts]
         finished = completions.finished.tolist()
         asked, answers, theirs, ours = [], [], [], []
         for prompt, ids, mask, ended in zip(seen, completions.ids, completions.mask, finished, strict=True):
@@ -134,14 +129,14 @@ class ForeignScorer:
         """An answer of the policy as text, without what its template puts before answers, and its tokens' spans."""
         body = ids[:-1] if finished else ids
         text, spans = self.policy.decode(body), self._spans(body)
-        lead = "" if isinstance(prompt, str) else self.policy._lead
+        lead = "" if isinstance(prompt, str) else self.policy.lead
         if lead and text.startswith(lead):
             text, spans = text[len(lead) :], _shifted(spans, len(lead))
         return text, [*spans, *_end(text, finished)]
 
     def _answer(self, prompt: Prompt, text: str, finished: bool) -> tuple[list[int], Spans]:
         """The text as the scorer's answer ids, as :meth:`Encoder.answer` would give them, and their spans."""
-        lead = "" if isinstance(prompt, str) else self.encoder._lead
+        lead = "" if isinstance(prompt, str) else self.encoder.lead
         coded = self.encoder.tokenizer(
             lead + text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
