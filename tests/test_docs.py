@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from rto import recipe
+from rto import config, recipe
 from rto.advantages import ADVANTAGES
 from rto.data.layouts import answer_of, pair, prompt_of
 from rto.pipeline import run
@@ -112,6 +114,39 @@ def test_no_glossary_has_a_metric_that_nobody_logs(logged):
 )
 def test_every_row_of_the_tables_is_named(page, names):
     assert not set(names) - table_keys(page)
+
+
+def options(function: Callable[..., object]) -> list[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+
+
+@pytest.mark.parametrize(
+    ("page", "table"),
+    [
+        ("rewards.md", {name: term.function for name, term in TERMS.items()}),
+        ("preferences.md", PREFERENCE_LOSSES | REWARD_LOSSES),
+    ],
+)
+def test_every_option_of_a_row_is_in_a_table(page, table):
+    assert not {f"{name}.{key}" for name, function in table.items() for key in options(function)} - table_keys(page)
+
+
+def test_every_option_of_an_estimator_or_policy_loss_is_in_its_row():
+    table = {name: estimator.function for name, estimator in ADVANTAGES.items()} | LOSSES
+    for name, function in table.items():
+        row = re.search(rf"^\| `{re.escape(name)}`.*$", text_of("rl.md"), re.M)
+        assert row and not {f"`{key}`" for key in options(function)} - set(re.findall(r"`[^`]+`", row[0])), name
+
+
+def test_every_key_of_a_recipe_is_in_the_docs():
+    """As a word of some code span or example."""
+    text = "\n".join(page.read_text(encoding="utf-8") for page in DOCS)
+    code = re.findall(r"^```.*?^```", text, re.M | re.S) + re.findall(r"`[^`\n]+`", text)
+    words = set(re.findall(r"\w+", "\n".join(code)))
+    sections = [kind for kind in vars(config).values() if inspect.isclass(kind) and issubclass(kind, config.Section)]
+    assert len(sections) > 20
+    assert not {key for section in sections for key in section.model_fields} - words
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -41,13 +41,14 @@ def evaluate(job: Job) -> str:
     scores, kls = {}, {}
     views: list[dict[str, Any]] = []
     table: dict[str, Any] = {}
+    opened: dict[str, Any] = {"reference": reference}
     job.progress.start("evaluate", len(places))
     for number, (name, place) in enumerate(places.items(), 1):
         role = reference if place is None else shop.open_policy(place, f"policy{number}")
         answers[name] = contest.answer(role, prompts, settings, rows.encoder, config.seed, budget, job.runtime)
         scores[name] = judge(asked, answers[name].completions)
         kls[name] = contest.kl_to_reference(role, reference, answers[name], budget)
-        credit = _credit(job, name, role, reference, prompts, answers, truth)
+        credit = _credit(job, shop, opened, name, role, prompts, answers, truth)
         views += credit[0]
         table |= credit[1]
         job.progress.update(number, {"score": sum(scores[name]) / len(scores[name])})
@@ -73,9 +74,10 @@ def contestants(job: Job) -> dict[str, str | None]:
 
 def _credit(
     job: Job,
+    shop: Workshop,
+    opened: dict[str, Any],
     name: str,
     role: Role,
-    reference: Role,
     prompts: Sequence[PromptRow],
     answers: dict[str, contest.Answers],
     truth: contest.Truth | None,
@@ -85,14 +87,14 @@ def _credit(
     config, encoder, step = job.config, job.rows.encoder, job.config.evaluation.samples
     policy = config.policies().get(name)
     if policy is None:
-        if truth is None or role is reference:
+        if truth is None or role is opened["reference"]:
             return [], {}
         terms = [complete({"type": "implicit", "scale": 1.0, "clip": None}, term_functions(), name)]
-        reader = Reader(terms, reference, encoder, config.policy.reading_tokens, guide=role)
+        reader = Reader(terms, opened["reference"], encoder, config.policy.reading_tokens, guide=role)
         policy, few = config.policy, None
     else:
         terms = terms_of(policy)
-        reader = make_reader(job, job.workshop(), policy, terms)
+        reader = make_reader(job, shop, policy, terms, opened)
         few = answers[name].completions.rows(slice(0, SHOWN * step, step))
     views, table = [], {}
     if few is not None:

@@ -111,7 +111,7 @@ def _scorer(job: Job, stage: str, settings: Reward, pairs: Sequence[PairRow], se
     rows, shop = job.rows, job.workshop(seed)
     if settings.loss.get("use_margin"):
         need_margins(pairs, f"{stage}: use_margin")
-    role = shop.new_scorer(stage.replace("/", "_"), settings.model)
+    role = shop.new_scorer(_adapter(stage), settings.model)
     if settings.cutoff is not None:
         role = SegmentScorer(role, shop.reference(), settings.cutoff)
     loss = REWARD_LOSSES[settings.loss["type"]]
@@ -173,25 +173,44 @@ def _critic(job: Job, shop: Workshop, policy: Policy) -> Role:
     return shop.open_scorer(folder, "critic", job.config.rewards()[stage].model, trained=True)
 
 
-def make_reader(job: Job, shop: Workshop, policy: Policy, terms: list[Spec]) -> Reader:
-    """Everything that these terms read."""
+def make_reader(
+    job: Job, shop: Workshop, policy: Policy, terms: list[Spec], opened: dict[str, Any] | None = None
+) -> Reader:
+    """Everything that these terms read. ``opened`` keeps guides and scorers by stage for the next reader."""
     needed = rewards.needs(terms)
-    guide = shop.open_policy(job.path(guide_stage(policy)), "guide") if "guide" in needed else None
+    opened = {} if opened is None else opened
+    if "reference" not in opened:
+        opened["reference"] = shop.reference()
+    at_guide, at_scorer = guide_stage(policy), scorer_stage(policy)
+    if "guide" in needed and at_guide not in opened:
+        opened[at_guide] = shop.open_policy(job.path(at_guide), _adapter(at_guide))
     attended = any(term["type"] == "attention" and term["reader"] == "scorer" for term in rewards.live(terms))
     scored = needed & {"scores", "segments"} or attended
+    key = f"{at_scorer} segments" if "segments" in needed else at_scorer
+    if scored and key not in opened:
+        other = opened.get(at_scorer) or opened.get(f"{at_scorer} segments")
+        opened[key] = open_scorer(job, shop, at_scorer, "segments" in needed, other.role if other else None)
     return Reader(
         terms,
-        shop.reference(),
+        opened["reference"],
         job.rows.encoder,
         policy.reading_tokens,
         temperature=policy.temperature,
-        guide=guide,
-        scorer=open_scorer(job, shop, scorer_stage(policy), "segments" in needed) if scored else None,
+        guide=opened[at_guide] if "guide" in needed else None,
+        scorer=opened[key] if scored else None,
     )
 
 
-def open_scorer(job: Job, shop: Workshop, stage: str, segments: bool) -> Scorer:
-    """A finished scorer with what normalises it: its sentence scores, or with ``segments`` its segments too.
+def _adapter(stage: str) -> str:
+    """The name of a stage's adapter on the backbone."""
+    return stage.replace("/", "_")
+
+
+def open_scorer(
+    job: Job, shop: Workshop, stage: str, segments: bool, opened: Role | ForeignScorer | None = None
+) -> Scorer:
+    """A finished scorer (``opened``: its role is there) with what normalises its sentence scores, or with ``segments``
+    its segments too.
 
     Raises:
         ValueError: a checkpoint was trained with another cutoff, or the normaliser is missing or of another scorer.
@@ -204,10 +223,12 @@ def open_scorer(job: Job, shop: Workshop, stage: str, segments: bool) -> Scorer:
             f"{settings.cutoff}: give the same"
         )
     role: Role | ForeignScorer
-    if settings.checkpoint is not None and not has_vocabulary(job.tokenizer, load_tokenizer(folder)):
+    if opened is not None:
+        role = opened
+    elif settings.checkpoint is not None and not has_vocabulary(job.tokenizer, load_tokenizer(folder)):
         role = ForeignScorer.open(folder, job.rows.encoder, job.runtime, job.config.policy.reading_tokens)
     else:
-        role = shop.open_scorer(folder, "scorer", settings.model, trained=False)
+        role = shop.open_scorer(folder, _adapter(stage), settings.model, trained=False)
     normaliser = None
     if segments and settings.cutoff is not None and settings.normalize:
         normaliser = read_normaliser(job, stage, folder)
