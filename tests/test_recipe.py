@@ -287,13 +287,8 @@ def test_json_round_trip(changes):
 
 
 def test_complete_fills_in_the_defaults():
-    assert complete({"type": "dpo"}, PREFERENCE_LOSSES, "prefer.loss") == {
-        "type": "dpo",
-        "beta": 0.1,
-        "label_smoothing": 0.0,
-        "variant": "sigmoid",
-        "nll": 0.0,
-    }
+    usual = {"beta": 0.1, "label_smoothing": 0.0, "variant": "sigmoid", "nll": 0.0}
+    assert complete({"type": "dpo"}, PREFERENCE_LOSSES, "prefer.loss") == {"type": "dpo", **usual}
     assert complete({"type": "gae", "lam": 0.9}, {"gae": ADVANTAGES["gae"].function}, "x") == {
         "type": "gae",
         "gamma": 1.0,
