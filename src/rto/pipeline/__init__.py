@@ -76,7 +76,7 @@ def steps_of(config: Config, stages: Sequence[str], fit_normaliser: bool = False
     if "reward" in stages:
         for stage, scorer in scorers.items():
             if scorer.checkpoint is None:
-                made_from = inputs("sft", reward=_dumped(scorer))
+                made_from = inputs("sft", reward=_dumped(scorer) | {"normaliser": None})  # fitted in a step of its own
                 steps.append(Step(stage, made_from, partial(training.scorer, stage=stage, settings=scorer)))
     if "reward" in stages:
         wanted = segment_scorers(config)

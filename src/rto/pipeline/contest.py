@@ -16,12 +16,12 @@ from rto.models.load import load_tokenizer, same_vocabulary
 from rto.models.role import Role
 from rto.models.workshop import Workshop
 from rto.pipeline.job import Job, write_json
+from rto.pipeline.readers import make_reader
 from rto.pipeline.resolve import guide_names, term_functions, terms_of
-from rto.pipeline.training import make_reader
 from rto.recipe import complete
 from rto.report.log import read_metrics
 from rto.rollouts.score import token_logprobs
-from rto.rollouts.signals import EXTERNAL, Reader
+from rto.rollouts.signals import Reader, missing
 
 SHOWN = 4  # answers of each policy whose credit the report shows
 
@@ -98,19 +98,24 @@ def _credit(
         few = answers[name].completions.rows(slice(0, SHOWN * step, step))
     views, table = [], {}
     if few is not None:
-        signals = _signals(reader, few, role, prompts[:SHOWN])
-        kl = (policy.kl.coef, policy.kl.estimator)
-        views = contest.credit_views(name, prompts, few, signals, terms, kl, encoder, truth)
+        few, signals, asked = _signals(reader, few, role, prompts[:SHOWN])
+        kl = (policy.kl.coef if policy.kl.place == "reward" else 0.0, policy.kl.estimator)
+        views = contest.credit_views(name, asked, few, signals, terms, kl, encoder, truth)
     if truth is not None:
         sample = answers["sft"].completions.rows(slice(0, None, step))
-        signals = _signals(reader, sample, reader.reference, prompts)
-        table[name] = contest.credit_of(terms, prompts, sample, signals, encoder, truth, config.seed)
+        sample, signals, asked = _signals(reader, sample, reader.reference, prompts)
+        table[name] = contest.credit_of(terms, asked, sample, signals, encoder, truth, config.seed)
     return views, table
 
 
-def _signals(reader: Reader, completions: Completions, policy: Role, prompts: Sequence[PromptRow]) -> Signals:
+def _signals(
+    reader: Reader, completions: Completions, policy: Role, prompts: Sequence[PromptRow]
+) -> tuple[Completions, Signals, list[PromptRow]]:
+    """What the terms read of these answers, without those whose reward is missing."""
     parts = reader.read(completions, token_logprobs(policy, completions, reader.budget), policy, prompts)
-    return Signals(**{name: part.nan_to_num() if name in EXTERNAL else part for name, part in parts.items()})
+    keep = (~missing(parts)).nonzero().squeeze(-1)
+    signals = Signals(**{name: part[keep] for name, part in parts.items()})
+    return completions.rows(keep), signals, [prompts[i] for i in keep.tolist()]
 
 
 def _judge(job: Job, shop: Workshop, truth: contest.Truth | None) -> tuple[contest.Oracle, str]:

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from pathlib import Path
 
 from rto.batch import Completions
 from rto.config import Reward
+from rto.data.chat import PromptRow
 from rto.data.collate import collate_completions
 from rto.models.checkpoint import fingerprint
 from rto.models.role import Role
 from rto.pipeline.job import Job, write_json
+from rto.pipeline.readers import NORMALISER, open_role
 from rto.report.plots import normaliser_plot, save_png
-from rto.rewards.normaliser import Normaliser, fit, locations
+from rto.rewards.normaliser import fit, locations
+from rto.rollouts.foreign import ForeignScorer
 from rto.rollouts.generate import generate
 from rto.rollouts.score import logprobs_and_entropy, token_values
 from rto.seeds import shuffled
 from rto.segments import segment_ends
-
-FILE = "normaliser.json"
 
 
 def fit_normaliser(job: Job, stage: str, settings: Reward) -> str:
@@ -36,12 +35,16 @@ def fit_normaliser(job: Job, stage: str, settings: Reward) -> str:
     shop = job.workshop()
     reference = shop.reference()
     budget = settings.reading_tokens
-    scorer = shop.open_scorer(job.path(stage), "scorer", settings.model, trained=False)
-    answers = _pairs(job, settings) if settings.normaliser.answers == "pairs" else _sampled(job, settings, reference)
+    scorer = open_role(job, shop, stage)
+    pairs = settings.normaliser.answers == "pairs"
+    answers, prompts = _pairs(job, settings) if pairs else _sampled(job, settings, reference)
     job.progress.say(f"{stage}: fitting the normaliser on {len(answers)} answers")
     _, entropy = logprobs_and_entropy(reference, answers, budget)
     ends = segment_ends(entropy, answers.mask, answers.finished, settings.cutoff)
-    values = token_values(scorer, answers, budget)
+    if isinstance(scorer, ForeignScorer):
+        values = scorer.token_scores(answers, prompts)
+    else:
+        values = token_values(scorer, answers, budget)
     found = fit(values[ends], locations(ends, answers.mask)[ends], settings.normaliser.floor)
     found = dataclasses.replace(found, answers=len(answers))
     if found.floored:
@@ -50,61 +53,39 @@ def fit_normaliser(job: Job, stage: str, settings: Reward) -> str:
         folder = job.folder / stage
         folder.mkdir(parents=True, exist_ok=True)
         made_for = {"scorer": fingerprint(job.path(stage)), "cutoff": settings.cutoff, "floored": found.floored}
-        write_json(folder / FILE, made_for | {"normaliser": dataclasses.asdict(found)})
+        write_json(folder / NORMALISER, made_for | {"normaliser": dataclasses.asdict(found)})
         save_png(normaliser_plot(dataclasses.asdict(found)), folder / "normaliser.png")
     job.runtime.wait()
     return stage
 
 
-def read_normaliser(job: Job, stage: str, folder: str) -> Normaliser:
-    """The normaliser of the scorer in ``folder``.
-
-    Raises:
-        ValueError: it is missing, or of another scorer or cutoff.
-    """
-    name = stage.replace("/", ".")
-    places = [path for path in (job.folder / stage / FILE, Path(folder) / FILE) if path.exists()]
-    if not places:
-        raise ValueError(
-            f"{Path(folder) / FILE} is missing, and a segment reward is never taken as normalised: fit it with "
-            "`rto reward RECIPE --fit-normaliser`"
-        )
-    stored = json.loads(places[0].read_text())
-    cutoff = job.config.rewards()[stage].cutoff
-    if stored["scorer"] != fingerprint(folder):
-        raise ValueError(
-            f"{places[0]} belongs to another scorer than {folder} (fingerprint {stored['scorer'][:12]}): fit it again "
-            "with `rto reward RECIPE --fit-normaliser`"
-        )
-    if stored["cutoff"] != cutoff:
-        raise ValueError(f"{places[0]} was fitted with cutoff {stored['cutoff']}, but {name}.cutoff is {cutoff}")
-    return Normaliser(**stored["normaliser"])
-
-
-def _pairs(job: Job, settings: Reward) -> Completions:
+def _pairs(job: Job, settings: Reward) -> tuple[Completions, list[PromptRow]]:
     """Chosen and rejected answers of the training pairs, a seeded choice of at most the limit."""
     rows = [
-        (pair.prompt, *answer)
+        (PromptRow(pair.row, pair.prompt_text, pair.prompt), *answer)
         for pair in job.rows.pairs
         for answer in ((pair.chosen, pair.chosen_finished), (pair.rejected, pair.rejected_finished))
     ]
     chosen = shuffled(len(rows), job.config.seed, "normaliser")[: settings.normaliser.limit]
     prompts, answers, finished = zip(*(rows[i] for i in chosen), strict=True)
-    return collate_completions(list(prompts), list(answers), list(finished), job.rows.encoder.pad)
+    asked = [row.ids for row in prompts]
+    return collate_completions(asked, list(answers), list(finished), job.rows.encoder.pad), list(prompts)
 
 
-def _sampled(job: Job, settings: Reward, reference: Role) -> Completions:
+def _sampled(job: Job, settings: Reward, reference: Role) -> tuple[Completions, list[PromptRow]]:
     """Answers of the reference to the RL prompts."""
     rows, seed, limit = job.rows, job.config.seed, settings.normaliser.limit
     order = shuffled(len(rows.prompts), seed, "normaliser")
     asked = [(order[i % len(order)], i // len(order)) for i in range(min(limit, max(len(order), 256)))]
-    return generate(
+    prompts = [rows.prompts[row] for row, _ in asked]
+    made = generate(
         reference,
-        [rows.prompts[row].ids for row, _ in asked],
+        [row.ids for row in prompts],
         [("normaliser", row, k) for row, k in asked],
         seed=seed,
         limit=rows.encoder.max_response,
         end=rows.encoder.end,
         pad=rows.encoder.pad,
         budget=settings.reading_tokens,
-    ).completions
+    )
+    return made.completions, prompts

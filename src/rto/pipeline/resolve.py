@@ -107,11 +107,13 @@ def check_policy(config: Config, policy: Policy, terms: list[Spec], where: str) 
         for kind, key, like in (("function", "function", "my_module:reward"), ("http", "url", "http://127.0.0.1:8000")):
             if term["type"] == kind and not term[key]:
                 raise ValueError(f"{where}.rewards: the term {kind} has no {key}: set it, for example to {like!r}")
-        if policy.method == "opd" and term["type"] == "implicit" and term["scale"] != policy.kl.coef:
-            raise ValueError(
-                f"{where}.method = 'opd' has the teacher as its optimum only where {where}.kl.coef is the scale of its "
-                f"term, {term['scale']:g}: set that, or write the term with a scale of your own under method = 'custom'"
-            )
+        if policy.method == "opd":
+            kl = policy.kl
+            if (kl.coef, kl.controller, kl.estimator, kl.ema) != (term["scale"], "fixed", "k1", None):
+                raise ValueError(
+                    f"{where}.method = 'opd' has the teacher as its optimum only where {where}.kl is fixed, k1, without "
+                    f"ema, and has coef = {term['scale']:g}, the scale of its term; or write your own: method = 'custom'"
+                )
     stage = scorer_stage(policy)
     cutoff = config.rewards()[stage].cutoff
     if policy.method in rewards.CUTOFFS:

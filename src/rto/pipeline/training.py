@@ -8,28 +8,25 @@ from typing import Any
 import torch
 
 from rto import config as recipe
-from rto import rewards
 from rto.config import Policy, Prefer, Reward, Spec
 from rto.data.chat import PairRow
 from rto.data.rows import scored_from_pairs
 from rto.data.worlds import token_rewards
 from rto.evaluation.policies import judge_by_truth
-from rto.models.checkpoint import ScorerNotes, merged, read_notes, save_notes
-from rto.models.load import has_vocabulary, load_tokenizer, locate, same_vocabulary, scratch_network
+from rto.models.checkpoint import ScorerNotes, merged, save_notes
+from rto.models.load import load_tokenizer, locate, same_vocabulary, scratch_network
 from rto.models.role import Role
 from rto.models.segment import SegmentScorer
 from rto.models.workshop import Workshop, verify
 from rto.pipeline.job import Job
-from rto.pipeline.normalise import read_normaliser
-from rto.pipeline.resolve import guide_stage, scorer_stage
+from rto.pipeline.readers import adapter_name, make_reader
+from rto.pipeline.resolve import scorer_stage
 from rto.policy import train as rl_loop
 from rto.preferences import PREFERENCE_LOSSES, REWARD_LOSSES, rebel
 from rto.preferences.cache import ReferenceCache, fingerprint
 from rto.preferences.objectives import PairObjective, SftObjective
 from rto.preferences.rounds import copy_weights, fit_rounds
 from rto.preferences.train import fit, objective_for, reads_groups
-from rto.rollouts.foreign import ForeignScorer
-from rto.rollouts.signals import Reader, Scorer
 
 
 def sft(job: Job) -> str:
@@ -111,7 +108,7 @@ def _scorer(job: Job, stage: str, settings: Reward, pairs: Sequence[PairRow], se
     rows, shop = job.rows, job.workshop(seed)
     if settings.loss.get("use_margin"):
         need_margins(pairs, f"{stage}: use_margin")
-    role = shop.new_scorer(_adapter(stage), settings.model)
+    role = shop.new_scorer(adapter_name(stage), settings.model)
     if settings.cutoff is not None:
         role = SegmentScorer(role, shop.reference(), settings.cutoff)
     loss = REWARD_LOSSES[settings.loss["type"]]
@@ -171,68 +168,6 @@ def _critic(job: Job, shop: Workshop, policy: Policy) -> Role:
     folder = job.path(stage)
     same_vocabulary(job.tokenizer, load_tokenizer(folder), "critic", folder)
     return shop.open_scorer(folder, "critic", job.config.rewards()[stage].model, trained=True)
-
-
-def make_reader(
-    job: Job, shop: Workshop, policy: Policy, terms: list[Spec], opened: dict[str, Any] | None = None
-) -> Reader:
-    """Everything that these terms read. ``opened`` keeps guides and scorers by stage for the next reader."""
-    needed = rewards.needs(terms)
-    opened = {} if opened is None else opened
-    if "reference" not in opened:
-        opened["reference"] = shop.reference()
-    at_guide, at_scorer = guide_stage(policy), scorer_stage(policy)
-    if "guide" in needed and at_guide not in opened:
-        opened[at_guide] = shop.open_policy(job.path(at_guide), _adapter(at_guide))
-    attended = any(term["type"] == "attention" and term["reader"] == "scorer" for term in rewards.live(terms))
-    scored = needed & {"scores", "segments"} or attended
-    key = f"{at_scorer} segments" if "segments" in needed else at_scorer
-    if scored and key not in opened:
-        other = opened.get(at_scorer) or opened.get(f"{at_scorer} segments")
-        opened[key] = open_scorer(job, shop, at_scorer, "segments" in needed, other.role if other else None)
-    return Reader(
-        terms,
-        opened["reference"],
-        job.rows.encoder,
-        policy.reading_tokens,
-        temperature=policy.temperature,
-        guide=opened[at_guide] if "guide" in needed else None,
-        scorer=opened[key] if scored else None,
-    )
-
-
-def _adapter(stage: str) -> str:
-    """The name of a stage's adapter on the backbone."""
-    return stage.replace("/", "_")
-
-
-def open_scorer(
-    job: Job, shop: Workshop, stage: str, segments: bool, opened: Role | ForeignScorer | None = None
-) -> Scorer:
-    """A finished scorer (``opened``: its role is there) with what normalises its sentence scores, or with ``segments``
-    its segments too.
-
-    Raises:
-        ValueError: a checkpoint was trained with another cutoff, or the normaliser is missing or of another scorer.
-    """
-    settings, folder = job.config.rewards()[stage], job.path(stage)
-    notes = read_notes(folder) if settings.normalize else None
-    if notes is not None and notes.cutoff != settings.cutoff:
-        raise ValueError(
-            f"{folder} was trained with cutoff {notes.cutoff}, but {stage.replace('/', '.')}.cutoff is "
-            f"{settings.cutoff}: give the same"
-        )
-    role: Role | ForeignScorer
-    if opened is not None:
-        role = opened
-    elif settings.checkpoint is not None and not has_vocabulary(job.tokenizer, load_tokenizer(folder)):
-        role = ForeignScorer.open(folder, job.rows.encoder, job.runtime, job.config.policy.reading_tokens)
-    else:
-        role = shop.open_scorer(folder, _adapter(stage), settings.model, trained=False)
-    normaliser = None
-    if segments and settings.cutoff is not None and settings.normalize:
-        normaliser = read_normaliser(job, stage, folder)
-    return Scorer(role, settings.cutoff, notes, normaliser)
 
 
 def _options(spec: Spec) -> Spec:
