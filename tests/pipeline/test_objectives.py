@@ -134,6 +134,33 @@ def test_a_normaliser_of_another_scorer_is_refused(many, tmp_path, said):
     assert code == 2 and "belongs to another scorer" in error and "--fit-normaliser" in error
 
 
+def test_a_scorer_with_another_tokenizer_pays_tokens(files_recipe, tiny_model, pairs_file, tmp_path, said):
+    """A finished token scorer whose ids mean other characters: fitted, read by character spans, and its share logged."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+
+    scorer, run = tmp_path / "scorer", tmp_path / "run"
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(scorer)
+    words = json.loads((scorer / "tokenizer.json").read_text())
+    ids = words["model"]["vocab"]
+    plain = sorted((i for token, i in ids.items() if not token.startswith("<")), reverse=True)
+    turned = iter(plain)
+    words["model"]["vocab"] = {t: i if t.startswith("<") else next(turned) for t, i in ids.items()}
+    (scorer / "tokenizer.json").write_text(json.dumps(words))
+    settings = LlamaConfig.from_pretrained(tiny_model, num_labels=1)
+    LlamaForSequenceClassification(settings).save_pretrained(scorer)
+    notes = {"mean": 0.0, "std": 1.0, "accuracy": 0.5, "pairs": 8, "cutoff": 0.0}
+    (scorer / "scorer.json").write_text(json.dumps(notes))
+    keys = {"model.name": tiny_model, "data.pairs": pairs_file, "reward.checkpoint": str(scorer), "reward.cutoff": "0"}
+    keys |= {"policy.method": "token-ppo", "policy.critic.init": "reference", "output": str(run)}
+    keys |= {"stages": '["sft", "reward", "rl"]', "baselines.ppo.max_steps": "1", "policy.max_steps": "1"}
+    more = [word for key, value in keys.items() for word in (f"--{key}", value)]
+    code, error = said("run", files_recipe, "--quiet", *more)
+    assert code == 0, error
+    assert read(run / "reward" / "normaliser.json")["cutoff"] == 0.0
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["scorer_misaligned"] for row in rows if row["stage"] == "rl/token-ppo"] == [0.0]  # bytes are bytes
+
+
 WRONG = [
     (["--prefer.loss.type", "dpoo"], "prefer.loss.type = 'dpoo' is unknown, did you mean dpo?"),
     (["--guides.x.loss.type", "symp"], "guides.x.loss.type = 'symp' is unknown, did you mean simpo?"),

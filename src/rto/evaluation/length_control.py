@@ -10,6 +10,7 @@ Shapes: N prompts, R resamples.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,7 +66,7 @@ def length_controlled(
         return LengthControlled(Interval(math.nan, math.nan, math.nan), math.nan, longer, n)
     theta, slope = fit(y, x, np.ones((1, n)))[0]
     drawn = np.concatenate([fit(y, x, counts, (theta, slope))[:, 0] for counts in _resamples(n, rounds, seed)])
-    rate = percentile_interval(_logistic(theta), _logistic(drawn), level)
+    rate = percentile_interval(float(_logistic(theta)), _logistic(drawn), level)
     return LengthControlled(rate, float(slope), longer, n)
 
 
@@ -101,7 +102,7 @@ def fit(y: Floats, x: Floats, counts: Floats, start: tuple[float, float] = (0.0,
     raise FloatingPointError(f"Newton's method did not settle in {_STEPS} steps on {len(open_rows)} resamples")
 
 
-def _resamples(n: int, rounds: int, seed: int):
+def _resamples(n: int, rounds: int, seed: int) -> Iterator[Floats]:
     """Counts [r, n] of resamples of n prompts, block by block, ``rounds`` in all."""
     generator = np.random.default_rng(seed)
     block = max(1, _BLOCK // n)
@@ -111,6 +112,6 @@ def _resamples(n: int, rounds: int, seed: int):
         yield np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n).astype(np.float64)
 
 
-def _logistic(value):
+def _logistic(value: Floats | float) -> Floats:
     """1 / (1 + exp(-value)), written so that logistic(-v) is 1 - logistic(v) and nothing overflows."""
-    return 0.5 + 0.5 * np.tanh(0.5 * value)
+    return 0.5 + 0.5 * np.tanh(0.5 * np.asarray(value))

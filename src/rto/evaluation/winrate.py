@@ -142,7 +142,18 @@ def paired_bootstrap(differences: ArrayLike, rounds: int, seed: int, level: floa
     values = np.asarray(differences, dtype=np.float64)
     if values.ndim != 1:
         raise ValueError(f"differences have shape {values.shape}: give one number a prompt, [N]")
-    return _bootstrap(values[:, None], rounds, seed, level)[0]
+    return bootstrap_means(values[:, None], rounds, seed, level)[0]
+
+
+def bootstrap_means(values: Floats, rounds: int, seed: int, level: float = 0.95) -> list[Interval]:
+    """The mean of every column of ``values`` [N, S] with its interval, all from the same resamples of the prompts."""
+    draws = _resampled_means(values, rounds, seed)
+    intervals = []
+    for column, drawn in zip(values.T, draws.T, strict=True):
+        # One prompt resamples to itself: an interval of width 0 would claim certainty.
+        enough = _counted(column)[0] >= 2
+        intervals.append(percentile_interval(_mean(column), drawn if enough else drawn[:0], level))
+    return intervals
 
 
 def percentile_interval(estimate: float, draws: Floats, level: float) -> Interval:
@@ -203,6 +214,17 @@ def across_seeds(values_a: ArrayLike, values_b: ArrayLike, level: float = 0.95) 
     return seed_interval(a - b, level)
 
 
+def paired_t_test(values_a: ArrayLike, values_b: ArrayLike) -> float:
+    """Two-sided p of the paired t-test behind :func:`across_seeds`; 1 where all pairs are equal."""
+    gap = np.asarray(values_a, dtype=np.float64) - np.asarray(values_b, dtype=np.float64)
+    if len(gap) < 2 or not np.isfinite(gap).all():
+        raise ValueError(f"differences = {gap.tolist()}: a test over seeds needs two or more finite numbers")
+    error = float(gap.std(ddof=1)) / math.sqrt(len(gap))
+    if error == 0:
+        return 0.0 if gap[0] else 1.0
+    return float(2 * stats.t.sf(abs(float(gap.mean())) / error, len(gap) - 1))
+
+
 def compare(
     scores: Mapping[str, ArrayLike],
     *,
@@ -224,7 +246,7 @@ def compare(
     means = {name: samples.mean(1) for name, samples in table.items()}
     chances = [win_probability(table[a], table[b]) for a, b in couples]
     gaps = [means[a] - means[b] for a, b in couples]
-    intervals = _bootstrap(np.stack([*means.values(), *chances, *gaps], 1), rounds, seed, level)
+    intervals = bootstrap_means(np.stack([*means.values(), *chances, *gaps], 1), rounds, seed, level)
     of_policy, of_chance = intervals[: len(names)], intervals[len(names) : len(names) + len(couples)]
     of_gap = intervals[len(names) + len(couples) :]
     mean_length, mean_kl = _means(lengths, table, "lengths"), _means(kls, table, "kls")
@@ -256,17 +278,6 @@ def without_nan(value: Any) -> Any:
 
 
 # --- resampling and checks ----------------------------------------------------------------------------
-
-
-def _bootstrap(values: Floats, rounds: int, seed: int, level: float) -> list[Interval]:
-    """The mean of every column of ``values`` [N, S] with its interval, all from the same resamples."""
-    draws = _resampled_means(values, rounds, seed)
-    intervals = []
-    for column, drawn in zip(values.T, draws.T, strict=True):
-        # One prompt resamples to itself: an interval of width 0 would claim certainty.
-        enough = _counted(column)[0] >= 2
-        intervals.append(percentile_interval(_mean(column), drawn if enough else drawn[:0], level))
-    return intervals
 
 
 def _resampled_means(values: Floats, rounds: int, seed: int) -> Floats:

@@ -61,8 +61,9 @@ def fit_normaliser(job: Job, stage: str, settings: Reward) -> str:
 
 def _pairs(job: Job, settings: Reward) -> tuple[Completions, list[PromptRow]]:
     """Chosen and rejected answers of the training pairs, a seeded choice of at most the limit."""
+    known = {row.text: row for row in job.rows.prompts}  # with the conversations that they were rendered from
     rows = [
-        (PromptRow(pair.row, pair.prompt_text, pair.prompt), *answer)
+        (known.get(pair.prompt_text) or PromptRow(pair.row, pair.prompt_text, pair.prompt), *answer)
         for pair in job.rows.pairs
         for answer in ((pair.chosen, pair.chosen_finished), (pair.rejected, pair.rejected_finished))
     ]

@@ -111,8 +111,8 @@ def check_policy(config: Config, policy: Policy, terms: list[Spec], where: str) 
             kl = policy.kl
             if (kl.coef, kl.controller, kl.estimator, kl.ema) != (term["scale"], "fixed", "k1", None):
                 raise ValueError(
-                    f"{where}.method = 'opd' has the teacher as its optimum only where {where}.kl is fixed, k1, without "
-                    f"ema, and has coef = {term['scale']:g}, the scale of its term; or write your own: method = 'custom'"
+                    f"{where}.method = 'opd' has the teacher as its optimum only where {where}.kl is fixed, k1, has no "
+                    f"ema and coef = {term['scale']:g}, the scale of its term; or write your own: method = 'custom'"
                 )
     stage = scorer_stage(policy)
     cutoff = config.rewards()[stage].cutoff
