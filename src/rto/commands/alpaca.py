@@ -1,0 +1,73 @@
+"""``rto alpaca``: the numbers of AlpacaEval 2 from annotations that a judge has made."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+HELP = "AlpacaEval 2 from annotations: win rate, and the length-controlled one with the official difficulty file"
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("annotations", help="the official annotations.json, or a CSV of numbers alone")
+    parser.add_argument("--difficulty", help="df_gamed.csv; without it there is no length-controlled win rate")
+    parser.add_argument("--reference", help="the baseline's outputs (JSON), which number the instructions")
+    parser.add_argument("--name", help="the evaluated model (generator_2); default: as the file says")
+    parser.add_argument("--out", help="a folder for report.json and leaderboard.csv")
+    parser.add_argument(
+        "--bootstrap", type=int, default=200, help="rounds of the bootstrap error; default: 200, 0: none"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap; default: 0")
+
+
+def run(known: argparse.Namespace) -> int:
+    from rto.evaluation import alpaca, alpaca_files
+    from rto.evaluation.winrate import without_nan
+
+    if known.bootstrap < 0 or known.bootstrap == 1:
+        raise ValueError(f"--bootstrap {known.bootstrap}: write 0 for none, or two or more rounds")
+    annotations = alpaca_files.read_annotations(known.annotations, known.name, known.reference)
+    name = annotations.name or Path(known.annotations).stem
+    raw = alpaca.win_rates(annotations)
+    report = {"name": name, "baseline": annotations.baseline, "indexed_by": annotations.indexed_by, **asdict(raw)}
+    lines = [
+        ("WR", f"{raw.win_rate:.2f} %"),
+        ("SE", f"{raw.standard_error:.2f}"),
+        ("wins, losses, draws", f"{raw.n_wins}, {raw.n_wins_base}, {raw.n_draws}"),
+        ("n", f"{raw.n_total}" + (f", {raw.n_missing} rows without a preference" if raw.n_missing else "")),
+        ("discrete WR", f"{raw.discrete_win_rate:.2f} %"),
+        ("average length", f"{raw.avg_length} characters"),
+    ]
+    if raw.verdicts == "discrete":
+        lines.append(("note", "discrete verdicts: the judge gave no log-probs, so this is not the published metric"))
+    lc = None
+    if known.difficulty:
+        difficulty = alpaca_files.read_difficulty(known.difficulty)
+        start = time.perf_counter()
+        lc = alpaca.length_controlled(annotations, difficulty)
+        seconds = time.perf_counter() - start
+        report["length_controlled"] = {**asdict(lc), "difficulty": str(known.difficulty), "fit_seconds": seconds}
+        lines += [("LC", f"{lc.win_rate:.2f} %"), ("LC SE (published)", f"{lc.standard_error:.2f}")]
+        if known.bootstrap:
+            start = time.perf_counter()
+            error = alpaca.bootstrap_error(annotations, difficulty, lc.c, known.bootstrap, known.seed)
+            took = time.perf_counter() - start
+            bootstrap = {"standard_error": error, "rounds": known.bootstrap, "seed": known.seed, "seconds": took}
+            report["length_controlled"]["bootstrap"] = bootstrap
+            lines.append(("LC SE (bootstrap)", f"{error:.2f} from {known.bootstrap} rounds"))
+        lines.append(("fit", f"{seconds:.2f} s" + ("" if lc.c is None else f", C = {lc.c:.4g}")))
+        if lc.suspicious:
+            lines.append(("warning", "LC is far from WR: the fit may have failed"))
+    else:
+        lines.append(("note", "no length-controlled win rate without --difficulty df_gamed.csv"))
+    print(f"{name} against {annotations.baseline or 'the baseline'}")
+    print("\n".join(f"  {label:<20} {value}" for label, value in lines))
+    if known.out:
+        folder = Path(known.out)
+        folder.mkdir(parents=True, exist_ok=True)
+        alpaca_files.write_json(folder / "report.json", without_nan(report))
+        alpaca_files.write_leaderboard(folder / "leaderboard.csv", {name: (raw, lc)})
+        print(f"  {'written':<20} {folder / 'report.json'}, {folder / 'leaderboard.csv'}")
+    return 0
