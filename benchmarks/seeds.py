@@ -2,18 +2,21 @@
 
     python benchmarks/seeds.py recipes/tiny.toml --seeds 0 1 2 3 4 --output runs/seeds
 
-Finished runs are not done again. A difference is paired by seed; its interval is Student's t over the seeds.
+Finished runs are not done again. A difference is paired by seed; its interval is Student's t over the seeds. The same
+folders can be given to `rto compare`, which adds tests, plots and files.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from itertools import combinations
 from pathlib import Path
 
 import rto
-from rto.evaluation.winrate import across_seeds, seed_interval
+from rto.commands.compare import cell, interval
+from rto.evaluation.combine import Table, combine
+from rto.evaluation.runs import group_runs, read_run
+from rto.report.export import markdown
 
 
 def main() -> None:
@@ -22,49 +25,38 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--output", default="runs/seeds")
     known = parser.parse_args()
-    runs = []
-    for seed in known.seeds:
-        folder = Path(known.output) / f"seed{seed}"
-        recipe = rto.load_recipe(known.recipe, [("seed", str(seed)), ("output", json.dumps(str(folder)))])
-        rto.run(recipe)
-        found = json.loads((folder / "evaluation.json").read_text())["comparison"]
-        credit = json.loads((folder / "credit.json").read_text())["methods"] or {}
-        runs.append(found | {"auc": {name: row["auc"] for name, row in credit.items()}})
-    print(table(runs, known.seeds))
+    folders = [Path(known.output) / f"seed{seed}" for seed in known.seeds]
+    for seed, folder in zip(known.seeds, folders, strict=True):
+        rto.run(rto.load_recipe(known.recipe, [("seed", str(seed)), ("output", json.dumps(str(folder)))]))
+    runs = [read_run(folder) for folder in folders]
+    print(tables(combine(group_runs(runs), next(iter(runs[0].policies)))))
 
 
-def table(runs: list[dict], seeds: list[int]) -> str:
-    """Markdown: each policy's oracle score, KL, length, win rate against the reference and token-credit AUC, as means
-    over the seeds with intervals; then every pair's difference in score, if the policies are few."""
-    names = runs[0]["names"]
+def tables(found: Table) -> str:
+    """Markdown: each policy's oracle score, KL, length, win rate against the first policy and token-credit AUC, as
+    means over the seeds with intervals; then every pair's difference in score, if the policies are few."""
+    (seeds,) = found.recipes.values()
     heads = ["policy", *(f"seed {seed}" for seed in seeds), "oracle score", "KL (nats)", "tokens"]
-    heads += [f"wins against {names[0]} (%)", "credit AUC"]
-    lines = [f"| {' | '.join(heads)} |", "| --- |" + " --- |" * (len(heads) - 1)]
-    scores = {name: [run["policies"][name]["score"] for run in runs] for name in names}
-    for i, name in enumerate(names):
-        cells = [name, *(f"{score:.2f}" for score in scores[name]), over(scores[name])]
-        cells += [over([run["policies"][name][key] for run in runs]) for key in ("kl", "length")]
-        cells.append("-" if i == 0 else over([100 * run["matrix"][i][0] for run in runs], 1))
-        known = [run["auc"][name] for run in runs if run["auc"].get(name) is not None]
-        cells.append(over(known) if known else "-")
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "| difference in oracle score | mean [95 %] | seeds won | win rate |", "| --- | --- | --- | --- |"]
-    own = names[-1]  # the run's own method against every other; of few policies, all pairs
-    pairs = [(b, a) for b, a in combinations(names, 2) if a == own or len(names) <= 5]
-    for b, a in pairs:
-        gap = across_seeds(scores[a], scores[b])
-        won = sum(x > y for x, y in zip(scores[a], scores[b], strict=True))
-        i, j = names.index(a), names.index(b)
-        rate = sum(run["matrix"][i][j] for run in runs) / len(runs)
-        said = f"{gap.estimate:+.2f} [{gap.low:+.2f}, {gap.high:+.2f}]"
-        lines.append(f"| {a} - {b} | {said} | {won}/{len(runs)} | {100 * rate:.1f} % |")
-    return "\n".join(lines)
-
-
-def over(values: list[float], digits: int = 2) -> str:
-    """Mean over the seeds with Student's 95 % interval."""
-    found = seed_interval(values)
-    return f"{found.estimate:.{digits}f} [{found.low:.{digits}f}, {found.high:.{digits}f}]"
+    heads += [f"wins against {found.against} (%)", "credit AUC"]
+    rows = []
+    for row in found.rows:
+        cells = [row.name, *(f"{row.each['score'][seed]:.2f}" for seed in seeds), cell(row, "score"), cell(row, "kl")]
+        rows.append([*cells, cell(row, "length", 2), cell(row, "win_rate"), cell(row, "auc")])
+    # The run's own method against every other; of few policies, all pairs.
+    own = [row.name for row in found.rows if row.method]
+    pairs = [pair for pair in found.pairs if pair.a in own or len(found.rows) <= 5]
+    gaps = [
+        [
+            f"{pair.a} - {pair.b}",
+            interval(pair.difference, sign="+"),
+            f"{pair.won}/{pair.n}",
+            f"{100 * pair.win_rate.estimate:.1f} %",
+        ]
+        for pair in pairs
+    ]
+    won = f"{found.pairs[0].unit} won" if found.pairs else "won"
+    heads_of_gaps = ["difference in oracle score", "mean [95 %]", won, "win rate"]
+    return f"{markdown(heads, rows)}\n\n{markdown(heads_of_gaps, gaps)}"
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ FLOORS = (
     {"evaluation", "policy"},
     {"pipeline"},
     {"__init__"},
-    {"cli"},
+    {"cli", "commands"},
     {"__main__"},
 )
 # (importer, imported) -> why this import of a neighbour or of a higher floor is right.

@@ -7,18 +7,23 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NoReturn
 
 VERBS = {
     "run": "all stages of a recipe; finished ones are skipped",
     "sft": "train the reference on demonstrations",
-    "prefer": "train the guide on preference pairs (DPO)",
-    "reward": "train the scorer on preference pairs (Bradley-Terry)",
-    "rl": "train the policies with token rewards (RTO, PPO)",
+    "prefer": "train the guides on preference data (DPO and others)",
+    "reward": "train the scorers on preference pairs: sentence, segment, token",
+    "rl": "train the policies with token rewards (RTO, PPO and others)",
     "evaluate": "win rates of all policies under the oracle",
     "report": "write report.html from what the run has so far",
 }
+RESUME = "go on with a run that was cut: the same as `rto run` on its folder"
+# Verbs with a module of their own, rto.commands.NAME with HELP, add(parser) and run(known).
+COMMANDS = ("compare", "judge", "alpaca", "arena", "serve-scorer")
 GENERATE = "answers of a policy of a run"
 FLAGS = ("--dry-run", "--quiet", "--fit-normaliser", "--help")  # every other --word of a stage is a key of the recipe
 
@@ -42,6 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FloatingPointError as error:
         print(f"rto: training stopped, nothing was saved after it: {error}", file=sys.stderr)
         return 1
+    except Exception as error:
+        # Named by its module, so that --help and wrong input need not import the pipeline.
+        stopped = sys.modules.get("rto.pipeline.stop")
+        if stopped is None or not isinstance(error, stopped.Stopped):
+            raise
+        print(f"rto: {error}", file=sys.stderr)
+        return int(error.code)
     except KeyboardInterrupt:
         print("rto: interrupted; the same command goes on with the first stage that is not finished", file=sys.stderr)
         return 130
@@ -53,13 +65,16 @@ def _do(arguments: list[str]) -> int:
         parser.print_help(sys.stderr)
         return 2
     verb = arguments[0]
-    if not verb.startswith("-") and verb not in (*VERBS, "generate"):
+    known_verbs = (*VERBS, "resume", "generate", *COMMANDS)
+    if not verb.startswith("-") and verb not in known_verbs:
         from rto.recipe import nearest
 
-        known_verbs = (*VERBS, "generate")
         raise ValueError(f"unknown verb {verb!r}{nearest(verb, known_verbs)}; known: {', '.join(known_verbs)}")
     if verb == "generate":
         return _generate(parser.parse_args(arguments))
+    if verb in COMMANDS:
+        _calm()
+        return int(_command(verb).run(parser.parse_args(arguments)))
     words, changes = overrides(arguments)
     if changes and all(word in FLAGS for word in words[1:]):
         key, value = changes[-1]
@@ -67,7 +82,12 @@ def _do(arguments: list[str]) -> int:
     known, rest = parser.parse_known_args(words)
     if rest:
         raise ValueError(f"{rest[0]!r} is no override: write --key value, for example --policy.kl.coef 0.02")
-    return _stages(known, changes)
+    allowed = [value for key, value in changes if key == "allow-changed"]
+    return _stages(known, [change for change in changes if change[0] != "allow-changed"], allowed)
+
+
+def _command(verb: str) -> ModuleType:
+    return import_module(f"rto.commands.{verb.replace('-', '_')}")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -80,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="rto", description="Dense-reward RLHF: SFT, DPO guide, reward model, RTO and PPO, win rates, report."
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for name, text in VERBS.items():
+    for name, text in {**VERBS, "resume": RESUME}.items():
         verb = verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
         verb.add_argument("recipe", help="a recipe (TOML) or the folder of a run")
         verb.add_argument("--dry-run", action="store_true", help="print the resolved recipe, the plan and its memory")
@@ -88,13 +108,23 @@ def _parser() -> argparse.ArgumentParser:
         if name == "reward":
             text = "fit the location-aware normaliser of every segment scorer"
             verb.add_argument("--fit-normaliser", action="store_true", help=text)
-        verb.epilog = "Any key of the recipe can be overridden: --policy.kl.coef 0.02 --output runs/mine --seed 1"
+        verb.epilog = (
+            "Any key of the recipe can be overridden: --policy.kl.coef 0.02 --output runs/mine --seed 1. A stage that "
+            "was begun with other values of a key is refused, unless --allow-changed KEY names it."
+        )
     verb = verbs.add_parser("generate", help=GENERATE, description=GENERATE, allow_abbrev=False)
     verb.add_argument("run", help="the folder of a run")
     verb.add_argument("--policy", help="sft, the guide's loss (dpo), or a trained method; default: the run's method")
     verb.add_argument("--prompt", action="append", help="a prompt; may be repeated")
     verb.add_argument("--prompts", help="a file of prompts; default: the held-out prompts of the run")
     verb.add_argument("--out", help="a JSONL file; default: standard output")
+    verb.add_argument(
+        "--format",
+        choices=("jsonl", "alpaca", "arena", "arena-classic", "mtbench"),
+        help="answer a question file (--prompts) into --out, resumably, as this benchmark's programs read it",
+    )
+    verb.add_argument("--model-name", help="the model's name in that file; default: the policy's")
+    verb.add_argument("--batch-tokens", type=int, help="rows x tokens of one pass; it changes no answer")
     verb.add_argument("--limit", type=int, help="at most so many prompts")
     verb.add_argument("--search", choices=("sample", "beams"), default="sample", help="default: sample")
     verb.add_argument("--temperature", type=float, help="of sampling; default: 1, 0 is greedy")
@@ -107,6 +137,9 @@ def _parser() -> argparse.ArgumentParser:
         help="what a beam search sums: log pi of the policy (default), or its log-ratio to the reference",
     )
     verb.add_argument("--length-norm", action="store_true", help="a beam search divides the sum by the length")
+    for name in COMMANDS:
+        command = _command(name)
+        command.add(verbs.add_parser(name, help=command.HELP, description=command.HELP, allow_abbrev=False))
     return parser
 
 
@@ -148,19 +181,19 @@ def _read(path: str, changes: list[tuple[str, str]]) -> Any:
     return recipe.build(table, path)
 
 
-def _stages(known: argparse.Namespace, changes: list[tuple[str, str]]) -> int:
+def _stages(known: argparse.Namespace, changes: list[tuple[str, str]], allowed: list[str]) -> int:
     config = _read(known.recipe, changes)
     _calm()
     from rto import pipeline
     from rto.report import tables
 
-    stages = None if known.verb == "run" else [known.verb]
+    stages = None if known.verb in ("run", "resume") else [known.verb]
     if known.dry_run:
         from rto.pipeline.plan import describe
 
         print(describe(config, stages))
         return 0
-    folder = pipeline.run(config, stages, known.quiet, getattr(known, "fit_normaliser", False))
+    folder = pipeline.run(config, stages, known.quiet, getattr(known, "fit_normaliser", False), allowed)
     summary = tables.summary(folder)
     if summary and os.environ.get("RANK", "0") == "0":  # of several processes one speaks
         print(summary)
@@ -169,6 +202,12 @@ def _stages(known: argparse.Namespace, changes: list[tuple[str, str]]) -> int:
 
 def _generate(known: argparse.Namespace) -> int:
     config = _read(known.run, [])
+    if known.batch_tokens is not None and known.batch_tokens < 1:
+        raise ValueError(f"--batch-tokens: at least 1 (given: {known.batch_tokens})")
+    if known.format is not None:
+        return _answer_file(known, config)
+    if known.model_name is not None:
+        raise ValueError("--model-name goes with --format")
     _calm()
     from rto import pipeline
 
@@ -185,6 +224,7 @@ def _generate(known: argparse.Namespace) -> int:
         beams=known.beams,
         score=known.score,
         length_norm=known.length_norm,
+        batch_tokens=known.batch_tokens,
     )
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     if known.out:
@@ -193,6 +233,38 @@ def _generate(known: argparse.Namespace) -> int:
         print(f"{len(lines)} answers in {known.out}", file=sys.stderr)
     else:
         print(text, end="")
+    return 0
+
+
+def _answer_file(known: argparse.Namespace, config: Any) -> int:
+    """``rto generate --format``."""
+    if not known.prompts or not known.out:
+        raise ValueError(f"--format {known.format} answers a file into a file: give --prompts FILE and --out FILE")
+    other = {"--prompt": known.prompt, "--beams": known.beams, "--score": known.score}
+    other |= {"--length-norm": known.length_norm, "--search beams": known.search == "beams"}
+    if wrong := [flag for flag, given in other.items() if given]:
+        raise ValueError(f"{wrong[0]} goes without --format")
+    _calm()
+    from rto.pipeline.answers import write_answers
+
+    done = write_answers(
+        config,
+        known.format,
+        known.prompts,
+        known.out,
+        known.policy,
+        model=known.model_name,
+        limit=known.limit,
+        temperature=known.temperature,
+        top_p=known.top_p,
+        seed=known.seed,
+        batch_tokens=known.batch_tokens,
+    )
+    if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+        counts = {"kept from before": done.kept, "cut at the token limit": done.cut, "empty": done.empty}
+        counts["prompts that lost their beginning"] = done.cut_prompts
+        told = "".join(f", {count} {what}" for what, count in counts.items() if count)
+        print(f"{done.made} answers made{told}; {known.out}", *done.notes, sep="\n", file=sys.stderr)
     return 0
 
 

@@ -303,6 +303,14 @@ class Evaluation(Section):
     oracle: Oracle = HeldoutOracle()
 
 
+class Checkpoints(Section):
+    """How often a stage that is being trained is saved, so that it can go on where it was cut."""
+
+    every: int = Field(50, ge=1)  # steps of sft, prefer and reward
+    rl_every: int = Field(5, ge=1)  # iterations
+    keep: int = Field(2, ge=1)  # the newest so many are kept
+
+
 class Config(Section):
     """A whole run."""
 
@@ -311,6 +319,7 @@ class Config(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
     stages: list[Stage] = list(STAGES)
+    checkpoints: Checkpoints = Checkpoints()
     model: Model
     data: Data
     sft: Sft = Sft()

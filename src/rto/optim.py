@@ -49,3 +49,18 @@ class Optimizer:
         self.inner.zero_grad(set_to_none=True)
         self.step_count += 1
         return norm.item(), rate
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The moments of every weight that has been stepped, by "number/name"."""
+        states = ((i, self.inner.state[p]) for i, p in enumerate(self.parameters) if p in self.inner.state)
+        return {f"{i}/{key}": value for i, state in states for key, value in state.items()}
+
+    def restore(self, tensors: dict[str, torch.Tensor], step_count: int) -> None:
+        """Undo everything since :meth:`tensors` and ``step_count`` were taken."""
+        self.inner.state.clear()
+        for name, saved in tensors.items():
+            number, _, key = name.partition("/")
+            p = self.parameters[int(number)]
+            at = saved.device if saved.dim() == 0 else p.device  # the count of steps stays where Adam keeps it
+            self.inner.state[p][key] = saved.clone().to(at)
+        self.step_count = step_count

@@ -88,19 +88,57 @@ def test_a_broken_line_in_the_middle_is_an_error_with_its_number(tmp_path):
         read_metrics(tmp_path)
 
 
-def test_drop_stage_keeps_the_others_and_what_a_checkpoint_covers(tmp_path):
+def test_drop_stage_keeps_the_others_and_cut_what_a_checkpoint_covers(tmp_path):
     log = RunLog(tmp_path)
     for step in (1, 2, 3):
         log.metrics("sft", step, {"loss": 1.0})
         log.metrics("rl/rto", step, {"kl": math.nan})
         log.sample("sft", step, {"answer": "x"})
-    log.drop_stage("rl/rto", after=2)
+    log.cut("rl/rto", 2)
     assert [row["step"] for row in read_metrics(tmp_path, "rl/rto")] == [1, 2]
     assert read_metrics(tmp_path, "rl/rto")[0]["nonfinite"] == ["kl"]
     log.drop_stage("sft")
     assert {row["stage"] for row in read_metrics(tmp_path)} == {"rl/rto"}
     assert read_samples(tmp_path) == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "samples.jsonl"]
+
+
+def test_cut_leaves_all_other_bytes_alone(tmp_path):
+    others = [b'{"stage":"sft","step":9,"loss":1e0}', b'{ "step": 3, "stage": "rl/rto", "note": "\xc3\xa9" }']
+    later = [b'{"stage": "rl/rto", "step": 4}', b'{"stage": "rl/rto", "step": 5, "kl": null, "nonfinite": ["kl"]}']
+    rows = [others[0], later[0], others[1], later[1], others[0]]
+    half = b'{"stage": "rl/rto", "step": 6, "k'
+    log = RunLog(tmp_path)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        (tmp_path / name).write_bytes(b"".join(row + b"\n" for row in rows) + half)
+    log.cut("rl/rto", 3)
+    kept = b"".join(row + b"\n" for row in (others[0], others[1], others[0]))
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert (tmp_path / name).read_bytes() == kept
+    log.cut("rl/rto", 3)
+    log.cut("rl", 0)  # another stage
+    assert (tmp_path / "metrics.jsonl").read_bytes() == kept
+    log.metrics("rl/rto", 4, {"kl": 0.5})
+    assert [row["step"] for row in read_metrics(tmp_path, "rl/rto")] == [3, 4]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "samples.jsonl"]
+
+
+def test_cut_removes_a_half_written_line_even_when_no_row_goes(tmp_path):
+    log = RunLog(tmp_path)
+    log.metrics("sft", 1, {"loss": 2.5})
+    whole = (tmp_path / "metrics.jsonl").read_bytes()
+    (tmp_path / "metrics.jsonl").write_bytes(whole + b'{"stage"')
+    log.cut("sft", 1)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == whole and not (tmp_path / "samples.jsonl").exists()
+
+
+def test_cut_refuses_a_broken_line_in_the_middle_and_changes_nothing(tmp_path):
+    log = RunLog(tmp_path)
+    text = b'{"stage": "a", "step": 1}\n[1]\n{"stage": "a", "step": 2}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(text)
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
+        log.cut("a", 1)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == text
 
 
 def test_progress_without_a_terminal_prints_a_plain_line_a_tenth(capsys):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 HELP = "AlpacaEval 2 from annotations: win rate, and the length-controlled one with the official difficulty file"
 
@@ -31,7 +33,12 @@ def run(known: argparse.Namespace) -> int:
     annotations = alpaca_files.read_annotations(known.annotations, known.name, known.reference)
     name = annotations.name or Path(known.annotations).stem
     raw = alpaca.win_rates(annotations)
-    report = {"name": name, "baseline": annotations.baseline, "indexed_by": annotations.indexed_by, **asdict(raw)}
+    report: dict[str, Any] = {
+        "name": name,
+        "baseline": annotations.baseline,
+        "indexed_by": annotations.indexed_by,
+        **asdict(raw),
+    }
     lines = [
         ("WR", f"{raw.win_rate:.2f} %"),
         ("SE", f"{raw.standard_error:.2f}"),
@@ -44,11 +51,15 @@ def run(known: argparse.Namespace) -> int:
         lines.append(("note", "discrete verdicts: the judge gave no log-probs, so this is not the published metric"))
     lc = None
     if known.difficulty:
+        import sklearn.linear_model  # noqa: F401  now, so that its loading does not count as fitting
+
         difficulty = alpaca_files.read_difficulty(known.difficulty)
+        digest = hashlib.sha256(Path(known.difficulty).read_bytes()).hexdigest()
+        file = {"path": known.difficulty, "sha256": digest}
         start = time.perf_counter()
         lc = alpaca.length_controlled(annotations, difficulty)
         seconds = time.perf_counter() - start
-        report["length_controlled"] = {**asdict(lc), "difficulty": str(known.difficulty), "fit_seconds": seconds}
+        report["length_controlled"] = {**asdict(lc), "difficulty_file": file, "fit_seconds": seconds}
         lines += [("LC", f"{lc.win_rate:.2f} %"), ("LC SE (published)", f"{lc.standard_error:.2f}")]
         if known.bootstrap:
             start = time.perf_counter()

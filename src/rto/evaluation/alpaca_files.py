@@ -19,8 +19,8 @@ from rto.evaluation.alpaca import GAMED_WEIGHT, Annotations, Difficulty, Indexed
 
 NUMBERS = ("index", "preference", "len_model", "len_baseline")
 GAMED = ("model", "preference", "index", "std_delta_len", "instruction_difficulty", "not_gamed_baseline")
-LEADERBOARD = ("win_rate", "standard_error", "n_wins", "n_wins_base", "n_draws", "n_total", "discrete_win_rate")
-LEADERBOARD += ("mode", "avg_length", "length_controlled_winrate", "lc_standard_error")
+RAW = ("win_rate", "standard_error", "n_wins", "n_wins_base", "n_draws", "n_total", "discrete_win_rate")
+LEADERBOARD = (*RAW, "mode", "avg_length", "length_controlled_winrate", "lc_standard_error")
 
 
 # --- in -----------------------------------------------------------------------------------------------
@@ -97,8 +97,8 @@ def _official(path: Path, name: str | None, reference: str | Path | None) -> Ann
             found = row.get(key)
             if name is not None and key == "generator_2" and row.get("generator_1") == name != found:
                 raise ValueError(
-                    f"{where}: {name} is generator_1, the baseline's place: the two systems are swapped. Judge again with "
-                    f"the outputs of {name} as --model_outputs, or name the model that is evaluated"
+                    f"{where}: {name} is generator_1, the baseline's place: the two systems are swapped. "
+                    f"Judge again with the outputs of {name} as --model_outputs, or name the model that is evaluated"
                 )
             if known is not None and found is not None and found != known:
                 raise ValueError(
@@ -187,16 +187,17 @@ def write_leaderboard(path: str | Path, rows: Mapping[str, tuple[WinRates, Lengt
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["", *LEADERBOARD])
         for name, (raw, lc) in rows.items():
-            cells = [getattr(raw, column, "") for column in LEADERBOARD[:-2]]
-            cells[LEADERBOARD.index("mode")] = "community"  # the package's word for models that it has not verified
-            writer.writerow([name, *cells, *((lc.win_rate, lc.standard_error) if lc else ("", ""))])
+            cells = [getattr(raw, column) for column in RAW]
+            cells += ["community", raw.avg_length]  # the package's word for models that it has not verified itself
+            cells += [lc.win_rate, lc.standard_error] if lc else ["", ""]
+            writer.writerow([name, *cells])
 
 
 # --- rows and cells -----------------------------------------------------------------------------------
 
 
 def _objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """ "FILE: row N" and the row, N from 1, of one JSON array of objects."""
+    """Where a row stands (FILE: row N) and the row, N from 1, of one JSON array of objects."""
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -210,7 +211,7 @@ def _objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _table(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
-    """ "FILE: row N" and the row, N from 1 after the header."""
+    """Where a row stands (FILE: row N) and the row, N from 1 after the header."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
         missing = [column for column in columns if column not in (reader.fieldnames or ())]

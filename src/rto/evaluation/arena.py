@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import expit, logit
+from scipy.special import expit
 
 from rto.evaluation.arena_fit import Units, fit, penalty, standardised, win_matrix
 from rto.evaluation.arena_style import FEATURES, Scoring, style_difference
@@ -43,7 +43,10 @@ class Game:
 
 @dataclass(frozen=True)
 class Judgment:
-    """One question of one model: game 1 showed the baseline as A, game 2 the model. None: the game is missing."""
+    """One question of one model: game 1 showed the baseline as A, game 2 the model. None: the game is missing.
+
+    ``endpoint`` and ``time`` (UTC) of the judging are "" where the file does not say.
+    """
 
     uid: str
     category: str
@@ -51,6 +54,8 @@ class Judgment:
     baseline: str
     judge: str
     games: tuple[Game | None, Game | None]
+    endpoint: str = ""
+    time: str = ""
 
 
 @dataclass
@@ -106,7 +111,7 @@ def known_label(score: str | None, scoring: Scoring) -> str | None:
 
 
 def game_rows(label: str, game: int) -> list[float]:
-    """Scores from the model's side: three entries for a strong verdict. ``game`` 1 shows the baseline as A, 2 the model."""
+    """Scores from the model's side, three for a strong verdict. Game 1 shows the baseline as A, game 2 the model."""
     score, times = LABELS[label]
     return [score if game == 2 else 1.0 - score] * times
 
@@ -170,7 +175,8 @@ def win_rates(rows: Rows, scoring: Scoring, rounds: int = 1000, seed: int = 0, l
         values, counts = np.unique(score, return_counts=True)
         generator = np.random.default_rng(derive(seed, "arena", "rows", name))
         # Rows are 0, 1/2 or 1: drawing n of them is one multinomial draw of three counts.
-        means = generator.multinomial(score.size, counts / score.size, rounds) @ values / score.size if score.size else values
+        size = max(score.size, 1)
+        means = generator.multinomial(size, counts / size, rounds) @ values / size if score.size else score
         n = len(rows.questions)
         sums, sizes = np.bincount(question, score, n), np.bincount(question, minlength=n)
         by_question = _ratio(drawn @ sums, drawn @ sizes.astype(float))
@@ -191,13 +197,14 @@ def style_controlled(
     """SC: win rates at equal style, from one fit of all models of the pool.
 
     ``features[model, uid]`` and ``baseline[uid]`` are (tokens, headers, lists, bold) of the answers. With
-    ``centred=False`` equal style means the baseline's own and not the pool's mean: another number, never SC.
+    ``centred=False`` equal style means the baseline's own and not the pool's mean: another number, never SC. No
+    ``rounds`` means no intervals.
     Raises ValueError naming the model and question whose answer has no features.
     """
     n = len(rows.questions)
     unit_ids, unit = np.unique(rows.model * n + rows.question, return_inverse=True)
     model, question = unit_ids // n, unit_ids % n
-    weight, score = np.bincount(unit).astype(float), np.bincount(unit, rows.score)
+    weight, score = np.bincount(unit).astype(np.float64), np.bincount(unit, rows.score).astype(np.float64)
     if not len(unit_ids):
         raise ValueError("no game has a verdict: there is nothing to fit")
     names = [(rows.models[m], rows.questions[q]) for m, q in zip(model, question, strict=True)]
@@ -211,36 +218,28 @@ def style_controlled(
     z = standardised(style_difference(own, other, scoring), weight, scoring, centred)
     matrix = penalty(scoring, len(rows.models), len(FEATURES))
 
-    def strengths(weight: Floats, score: Floats, start: Floats | None = None) -> tuple[Floats, Floats]:
+    def fitted(weight: Floats, score: Floats, start: Floats | None = None) -> tuple[Floats, Floats]:
         theta, gamma = fit(Units(model, z, weight, score, len(rows.models)), matrix, start)
         return np.where(np.bincount(model, weight, len(rows.models)) > 0, theta, np.nan), gamma
 
-    theta, gamma = strengths(weight, score)
+    theta, gamma = fitted(weight, score)
     start = np.concatenate([np.nan_to_num(theta), gamma])
-    generator = np.random.default_rng(derive(seed, "arena", "style rows"))
-    total, by_row = len(rows.score), []
-    for _ in range(rounds):
-        count = np.bincount(generator.integers(total, size=total), minlength=total)
-        drawn_weight, drawn_score = (np.bincount(unit, count * part) for part in (np.ones(total), rows.score))
-        by_row.append(expit(strengths(drawn_weight, drawn_score, start)[0]))
-    draws = _question_draws(rows, rounds, seed)
-    by_question = [expit(strengths(weight * d[question], score * d[question], start)[0]) for d in draws]
+    questions = _question_draws(rows, rounds, seed)
+    by_question = ((weight * counts[question], score * counts[question]) for counts in questions)
+    drawn = [
+        np.array([expit(fitted(w, s, start)[0]) for w, s in resamples]).reshape(rounds, len(rows.models))
+        for resamples in (_row_draws(unit, rows.score, rounds, seed), by_question)
+    ]
     rates = {}
     for index, name in enumerate(rows.models):
-        drawn = [np.array([one[index] for one in found]) for found in (by_row, by_question)]
         judged = int((model == index).sum())
-        rates[name] = _rate(float(expit(theta[index])), drawn[0], drawn[1], judged, scoring, level)
+        rates[name] = _rate(float(expit(theta[index])), drawn[0][:, index], drawn[1][:, index], judged, scoring, level)
     return StyleControl(
         rates,
         dict(zip(rows.models, theta.tolist(), strict=True)),
         dict(zip(FEATURES, gamma.tolist(), strict=True)),
         win_matrix(theta),
     )
-
-
-def bradley_terry(rates: Mapping[str, Rate]) -> dict[str, float]:
-    """Strengths (log-odds against the baseline) of raw win rates, infinite for a model that won or lost everything."""
-    return {name: float(logit(rate.estimate)) for name, rate in rates.items()}
 
 
 def pool_warning(models: int) -> str | None:
@@ -264,6 +263,18 @@ def _question_draws(rows: Rows, rounds: int, seed: int) -> Floats:
     n = len(rows.questions)
     generator = np.random.default_rng(derive(seed, "arena", "questions"))
     return generator.multinomial(n, np.full(n, 1 / n), rounds).astype(float)
+
+
+def _row_draws(unit: Ints, score: Floats, rounds: int, seed: int) -> Iterator[tuple[Floats, Floats]]:
+    """Weight and score [U] of every unit when the rows of the whole pool are drawn again, ``rounds`` times."""
+    generator = np.random.default_rng(derive(seed, "arena", "style rows"))
+    n, units = len(score), int(unit.max()) + 1
+    for _ in range(rounds):
+        count = np.bincount(generator.integers(n, size=n), minlength=n)
+        yield (
+            np.bincount(unit, count, units).astype(np.float64),
+            np.bincount(unit, count * score, units).astype(np.float64),
+        )
 
 
 def _ratio(sums: Floats, sizes: Floats) -> Floats:

@@ -20,7 +20,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 RIDGE = 1e-6  # a model that wins every row has no finite optimum; this holds it at about 1 - 1e-7 and moves no other
-_STEPS, _HALVINGS, _TOLERANCE = 200, 40, 1e-10
+_STEPS, _HALVINGS, _DECREMENT = 200, 40, 1e-11
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,8 @@ def fit(units: Units, penalty: Floats, start: Floats | None = None) -> tuple[Flo
     m, k = units.models, units.z.shape[1]
     assert penalty.shape == (m + k, m + k)
     beta = np.zeros(m + k) if start is None else start.copy()
+    there = units.weight > 0  # a resample leaves out a third of the questions
+    units = Units(units.model[there], units.z[there], units.weight[there], units.score[there], m)
 
     def loss(beta: Floats) -> tuple[float, Floats]:
         logit = beta[units.model] + units.z @ beta[m:]
@@ -91,18 +93,16 @@ def fit(units: Units, penalty: Floats, start: Floats | None = None) -> tuple[Flo
         hessian[m:, :m] = hessian[:m, m:].T
         hessian[m:, m:] += units.z.T @ spread
         step = np.linalg.solve(hessian, gradient)
-        if gradient @ step < _TOLERANCE * _TOLERANCE * (1 + units.weight.sum()):
+        if gradient @ step < _DECREMENT:  # the next loss would differ by rounding only; this step squares the error
+            beta = beta - step
             return beta[:m], beta[m:]
         for halving in range(_HALVINGS):
             tried, tried_logit = loss(beta - step / 2**halving)
-            if tried <= value:
+            if tried < value:
                 break
-        else:  # no descent is left in float64
-            return beta[:m], beta[m:]
-        improved, value, logit = value - tried, tried, tried_logit
-        beta = beta - step / 2**halving
-        if improved <= 0 and np.abs(step).max() < 1e-6:
-            return beta[:m], beta[m:]
+        else:
+            return beta[:m], beta[m:]  # no descent is left in float64
+        beta, value, logit = beta - step / 2**halving, tried, tried_logit
     raise AssertionError("the style fit did not converge, though its objective is strictly convex")
 
 

@@ -61,9 +61,10 @@ def features(metadata: Mapping[str, Any]) -> tuple[float, float, float, float]:
     for key in STORED:
         value = metadata.get(key)
         parts = list(value.values()) if isinstance(value, Mapping) else [value]
-        if not all(isinstance(part, int) and not isinstance(part, bool) and part >= 0 for part in parts):
+        counts = [part for part in parts if isinstance(part, int) and not isinstance(part, bool) and part >= 0]
+        if len(counts) < len(parts):
             raise ValueError(f"{key} = {value!r} is no count: recount it, or leave the metadata out")
-        found.append(float(sum(parts)))
+        found.append(float(sum(counts)))
     return found[0], found[1], found[2], found[3]
 
 

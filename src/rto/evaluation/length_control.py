@@ -43,9 +43,9 @@ def length_controlled(
     """Fits logit P(win) = theta + phi tanh(difference / std), with the percentile interval of a bootstrap over prompts.
 
     ``wins`` [N]: win probability of the system a prompt, 0 to 1, soft where there are several samples.
-    ``differences`` [N]: length of its answer less that of the other's, any unit; std with ddof 1, not centred, that
-    of all prompts in every resample. NaN in either leaves the prompt out. Maximised: the log-likelihood summed over
-    prompts less RIDGE / 2 (theta^2 + phi^2). Swapping the two systems mirrors every number.
+    ``differences`` [N]: length of its answer less that of the other's, any unit; std with ddof 1, not centred, that of
+    all prompts in every resample. NaN in either leaves the prompt out. Maximised: the log-likelihood summed over
+    prompts less RIDGE / 2 (theta^2 + phi^2). Swapping the two systems mirrors every number. ``rounds`` 0: no interval.
 
     The rate is NaN where nothing tells length from quality: all differences equal, and not 0.
 
@@ -64,14 +64,15 @@ def length_controlled(
     x = standardised(gap)
     if n < 2 or np.isnan(x).any():
         return LengthControlled(Interval(math.nan, math.nan, math.nan), math.nan, longer, n)
-    theta, slope = fit(y, x, np.ones((1, n)))[0]
-    drawn = np.concatenate([fit(y, x, counts, (theta, slope))[:, 0] for counts in _resamples(n, rounds, seed)])
-    rate = percentile_interval(float(_logistic(theta)), _logistic(drawn), level)
-    return LengthControlled(rate, float(slope), longer, n)
+    best = fit(y, x, np.ones((1, n)))[0]
+    thetas = [best[:1], *(fit(y, x, counts, best)[:, 0] for counts in _resamples(n, rounds, seed))]
+    rates = _logistic(np.concatenate(thetas))
+    rate = percentile_interval(float(rates[0]), rates[1:], level)
+    return LengthControlled(rate, float(best[1]), longer, n)
 
 
 def standardised(differences: Floats) -> Floats:
-    """tanh(difference / std) [N], std with ddof 1; 0 where all differences are 0, NaN where they are equal otherwise."""
+    """tanh(difference / std) [N], std with ddof 1. All differences 0: zeros; all equal otherwise: NaN."""
     if len(differences) < 2 or not differences.any():
         return np.zeros_like(differences)
     if (differences == differences[0]).all():
@@ -79,9 +80,9 @@ def standardised(differences: Floats) -> Floats:
     return np.tanh(differences / differences.std(ddof=1))
 
 
-def fit(y: Floats, x: Floats, counts: Floats, start: tuple[float, float] = (0.0, 0.0)) -> Floats:
+def fit(y: Floats, x: Floats, counts: Floats, start: Floats | None = None) -> Floats:
     """theta and phi [R, 2] of R resamples, ``counts`` [R, N]: how often each prompt is in them. Newton's method."""
-    found = np.tile(np.asarray(start, dtype=np.float64), (len(counts), 1))
+    found = np.tile(np.zeros(2) if start is None else start, (len(counts), 1))
     open_rows = np.arange(len(counts))
     right = np.stack([counts @ y, counts @ (y * x)], 1)
     for _ in range(_STEPS):
@@ -112,6 +113,6 @@ def _resamples(n: int, rounds: int, seed: int) -> Iterator[Floats]:
         yield np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n).astype(np.float64)
 
 
-def _logistic(value: Floats | float) -> Floats:
+def _logistic(value: Floats) -> Floats:
     """1 / (1 + exp(-value)), written so that logistic(-v) is 1 - logistic(v) and nothing overflows."""
-    return 0.5 + 0.5 * np.tanh(0.5 * np.asarray(value))
+    return 0.5 + 0.5 * np.tanh(0.5 * value)

@@ -298,7 +298,11 @@ def _resampled_means(values: Floats, rounds: int, seed: int) -> Floats:
     block = max(1, _BLOCK // n)
     for start in range(0, rounds, block):
         rows = min(block, rounds - start)
-        drawn = generator.integers(n, size=(rows, n)) + n * np.arange(rows)[:, None]
+        drawn = generator.integers(n, size=(rows, n))
+        if complete and values.shape[1] == 1:  # looking one column up is twice as fast as counting
+            means[start : start + rows, 0] = np.take(filled[:, 0], drawn).mean(1)
+            continue
+        drawn += n * np.arange(rows)[:, None]
         counts = np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n).astype(np.float64)
         size = np.full((rows, values.shape[1]), float(n)) if complete else counts @ valid
         np.divide(counts @ filled, size, out=means[start : start + rows], where=size > 0)

@@ -4,49 +4,62 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from rto import config as recipe
 from rto import rewards
-from rto.config import Config, Evaluation
+from rto.config import Config
 from rto.data.chat import encode_prompts
 from rto.data.sources import Loaded, TextPrompt, read_prompts
 from rto.evaluation.policies import answer
 from rto.pipeline import contest, normalise, training
+from rto.pipeline.answers import policy_stage, sampling
 from rto.pipeline.job import Job, Step
-from rto.pipeline.resolve import guide_names, guide_stage, resolve, scorer_stage, segment_scorers, terms_of
-from rto.recipe import explain, nearest
+from rto.pipeline.lock import RunLock
+from rto.pipeline.resolve import guide_stage, resolve, scorer_stage, segment_scorers, terms_of
+from rto.recipe import nearest
 from rto.report.html import write_report
 from rto.rollouts.search import Score, Search, beam_search
 
 
-def run(config: Config, stages: Sequence[str] | None = None, quiet: bool = False, fit_normaliser: bool = False) -> Path:
+def run(
+    config: Config,
+    stages: Sequence[str] | None = None,
+    quiet: bool = False,
+    fit_normaliser: bool = False,
+    allow_changed: Sequence[str] = (),
+) -> Path:
     """Run the stages of a recipe, or only ``stages``. Returns the run folder.
 
     The normaliser of a segment scorer is fitted where a policy reads it; ``fit_normaliser``: of every segment scorer.
+    A stage that was cut goes on from its newest checkpoint. ``allow_changed`` are dotted keys of the recipe that may
+    differ from those that a stage was begun with.
 
     Raises:
         ValueError: the recipe or the data are refused, or the folder holds the run of another recipe.
         FloatingPointError: a loss, a reward or a gradient is not finite.
+        Stopped: SIGTERM or Ctrl-C; everything is saved, and the same call goes on.
     """
     config = resolve(config)
     wanted = list(stages or config.stages)
     if "sft" in wanted and "sft" not in config.stages:
         raise ValueError("the recipe's stages leave sft out, so its model is the reference: add 'sft' to stages first")
-    job = Job(config, quiet)
+    job = Job(config, quiet, tuple(allow_changed))
     if wanted == ["report"] and not (job.folder / "config.json").exists():
         raise ValueError(f"{job.folder}: there is no run to report: do `rto run` first, or name its --output")
-    job.start(steps_of(config, config.stages + [stage for stage in wanted if stage not in config.stages]))
-    with job.progress:
-        for step in steps_of(config, wanted, fit_normaliser):
-            job.do(step)
-        if "report" in wanted and job.runtime.main:
-            write_report(job.folder)
-    job.runtime.close()
+    with RunLock(job.folder) if job.runtime.main else nullcontext(), job.stop:
+        job.start(steps_of(config, config.stages + [stage for stage in wanted if stage not in config.stages]))
+        with job.progress:
+            for step in steps_of(config, wanted, fit_normaliser):
+                job.do(step)
+            if "report" in wanted and job.runtime.main:
+                write_report(job.folder)
+        job.runtime.close()
     return job.folder
 
 
@@ -151,12 +164,15 @@ def generate(
     beams: int | None = None,
     score: Score | None = None,
     length_norm: bool = False,
+    batch_tokens: int | None = None,
 ) -> list[dict[str, Any]]:
     """Answers of one policy of a run: to ``prompts``, to the prompts of a file, or to the held-out ones.
 
     ``policy`` is "sft", the guide's loss ("dpo"), or a policy of the recipe (default: its method).
     Sampling takes ``temperature`` 1, ``top_p`` 1 and ``seed`` 0 where they are None. A beam search takes 5 ``beams``
     and the ``score`` "policy"; the reference of "implicit" is the run's. Its rows tell their ``search_score`` (nats).
+    ``batch_tokens`` bounds rows x tokens of one pass and changes no answer; default: four times policy.micro_tokens.
+    Files of benchmarks: :func:`rto.pipeline.answers.write_answers`.
 
     Raises:
         ValueError: the run has no such policy, the file is refused, or options do not go together.
@@ -166,22 +182,14 @@ def generate(
     _check_search(search, {"sample": drawn, "beams": sought})
     if policy == "sft" and score == "implicit":
         raise ValueError("score = 'implicit' is 0 for every answer of sft, the reference itself: name another policy")
-    try:
-        settings = Evaluation(
-            temperature=1.0 if temperature is None else temperature, top_p=1.0 if top_p is None else top_p
-        )
-    except ValidationError as error:
-        raise ValueError("; ".join(explain(error, Evaluation))) from None
+    settings = sampling(temperature, top_p)
     if limit is not None and limit < 1:
         raise ValueError(f"limit: at least 1 prompt (given: {limit})")
     job = Job(resolve(config), quiet=True)
-    name = policy or config.policy.method
-    known = {"sft": "sft"} | guide_names(config) | {name: f"rl/{name}" for name in config.policies()}
-    if name not in known:
-        hint = nearest(name, known)
-        raise ValueError(f"{config.output}: no policy {name!r}{hint}; the recipe has {', '.join(known)}")
+    name, stage = policy_stage(job, policy)
+    budget = batch_tokens or config.policy.reading_tokens
     shop = job.workshop()
-    role = shop.reference() if name == "sft" else shop.open_policy(job.path(known[name]), "generated")
+    role = shop.reference() if name == "sft" else shop.open_policy(job.path(stage), "generated")
     encoder = job.rows.encoder
     if prompts:
         chat = isinstance(config.data, recipe.Files)
@@ -203,12 +211,12 @@ def generate(
             limit=encoder.max_response,
             end=encoder.end,
             pad=encoder.pad,
-            budget=config.policy.reading_tokens,
+            budget=budget,
         )
         said = [encoder.decode(ids[mask].tolist()) for ids, mask in zip(found.ids, found.mask, strict=True)]
         notes: list[dict[str, Any]] = [{"search": "beams", "search_score": value} for value in scores.tolist()]
     else:
-        made = answer(role, asked, settings, encoder, seed or 0, config.policy.reading_tokens, job.runtime)
+        made = answer(role, asked, settings, encoder, seed or 0, budget, job.runtime)
         found, said = made.completions, made.texts
         notes = [{} for _ in asked]
     return [

@@ -19,7 +19,10 @@ from rto.models.checkpoint import save_role
 from rto.models.load import locate
 from rto.models.role import Role
 from rto.models.runtime import Runtime, peak_memory_mb
+from rto.models.saver import Saver
+from rto.models.store import Store
 from rto.models.workshop import Workshop
+from rto.pipeline.stop import Stop, Stopped
 from rto.report.log import Progress, RunLog
 
 if TYPE_CHECKING:
@@ -45,10 +48,13 @@ class Job:
 
     config: Config
     quiet: bool = False
+    allow_changed: tuple[str, ...] = ()  # keys that may differ from what a stage was made from
     runtime: Runtime = field(init=False)
     log: Any = field(init=False)
     progress: Progress = field(init=False)
     started: bool = field(init=False, default=False)  # before that nothing is written
+    stop: Stop = field(init=False, default_factory=Stop)
+    doing: Step | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.runtime = Runtime(self.config.device, self.config.trackers, self.config.output)
@@ -66,11 +72,19 @@ class Job:
         """
         done = self.finished()
         for step in steps:
-            changed = differences(done[step.name]["inputs"], step.inputs) if step.name in done else []
+            changed = self.changes(done[step.name]["inputs"], step) if step.name in done else []
             if changed and not step.redo:
                 raise ValueError(
                     f"{self.folder}: stage {step.name} was made with another recipe ({'; '.join(changed[:3])}). "
-                    "Choose another --output, or delete that folder"
+                    "Choose another --output, delete that folder, or keep what is there with --allow-changed KEY"
+                )
+            begun = None if step.name in done else self.store(step.name).load()
+            changed = self.changes(begun.state["made_from"], step) if begun else []
+            if changed:
+                raise ValueError(
+                    f"{self.folder}: stage {step.name} was begun with another recipe ({'; '.join(changed[:3])}). "
+                    f"Choose another --output, go on all the same with --allow-changed KEY, or begin the stage again: "
+                    f"delete {self.store(step.name).folder}"
                 )
         resolved = self.config.model_dump(mode="json")
         if self.runtime.main:
@@ -83,11 +97,17 @@ class Job:
     def do(self, step: Step) -> None:
         """Do a step unless it is done."""
         done = self.finished().get(step.name)
-        if done is not None and not differences(done["inputs"], step.inputs):
+        if done is not None and not self.changes(done["inputs"], step):
             self.progress.say(f"{step.name}: done before, in {self.folder / done['path']}")
             return
         begun = time.perf_counter()
-        self.log.drop_stage(step.name)
+        begun_at = self.store(step.name).load()
+        if begun_at is None:
+            self.log.drop_stage(step.name)
+        else:
+            self.log.cut(step.name, begun_at.step)
+            self.progress.say(f"{step.name}: goes on after step {begun_at.step}")
+        self.doing = step
         path = step.work(self)
         self.runtime.wait()
         if self.runtime.main:
@@ -96,7 +116,26 @@ class Job:
             kept = {name: other for name, other in self.finished().items() if not other.get("redo")}
             record |= {"redo": step.redo, "inputs": step.inputs}
             write_json(self.folder / "stages.json", kept | {step.name: record})
+            self.store(step.name).clear()
         self.runtime.wait()
+        if self.stop.wanted is not None:
+            raise Stopped(self.stop.wanted)
+
+    def changes(self, made_from: dict[str, Any], step: Step) -> list[str]:
+        """What differs from what a stage was made from, but for the keys that were allowed to."""
+        found = differences(made_from, step.inputs)
+        return [said for said in found if not any(said.startswith((f"{k} ", f"{k}.")) for k in self.allow_changed)]
+
+    def store(self, stage: str) -> Store:
+        """The checkpoints of a stage that is not finished."""
+        folder = self.folder / "checkpoints" / stage.replace("/", "_")
+        return Store(folder, self.config.checkpoints.keep, self.progress.say)
+
+    def saver(self, every: int) -> Saver:
+        """Saves the stage that is being done."""
+        assert self.doing is not None
+        store = self.store(self.doing.name)
+        return Saver(store, every, self.runtime, self.doing.inputs, lambda: self.stop.wanted, Stopped)
 
     def finished(self) -> dict[str, Any]:
         """The finished stages by name, with path, seconds and memory."""

@@ -83,6 +83,7 @@ def prefer(job: Job, stage: str, settings: Prefer) -> str:
         log=job.log,
         progress=job.progress,
         held_out=held_out,
+        saver=job.saver(job.config.checkpoints.every),
     )
     if cache is not None:
         cache.save(job.runtime)
@@ -156,6 +157,7 @@ def rl(job: Job, name: str, policy: Policy, terms: list[Spec]) -> str:
         progress=job.progress,
         demonstrations=rows.answers,
         oracle=judge_by_truth(token_rewards, rows.encoder) if isinstance(config.data, recipe.World) else None,
+        saver=job.saver(config.checkpoints.rl_every),
     )
     job.save(learner, f"rl/{name}")
     return f"rl/{name}"
@@ -193,4 +195,5 @@ def _fit(
         log=job.log,
         progress=job.progress,
         held_out=held_out,
+        saver=job.saver(job.config.checkpoints.every),
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from rto.config import Policy
 from rto.data.chat import AnswerRow, PromptRow
 from rto.models.role import Role
 from rto.models.runtime import Runtime
+from rto.models.saver import Moving, Saver
 from rto.numerics import masked_sum, whiten
 from rto.optim import Optimizer
 from rto.policy import LOSSES, is_pairwise
@@ -67,11 +68,13 @@ def train(
     progress: Any,
     demonstrations: Sequence[AnswerRow] = (),
     oracle: Truth | None = None,
+    saver: Saver | None = None,
 ) -> RlState:
     """Train ``policy``, and ``critic`` where the estimator reads values, on the rewards of ``reader``'s terms.
 
     ``demonstrations`` are for ``config.ptx``. ``oracle`` scores answers only to be logged. Prompts, sampling noise
-    and minibatches depend on ``seed`` and not on the method, so that methods are compared on the same draws.
+    and minibatches depend on ``seed`` and not on the method, so that methods are compared on the same draws. With a
+    ``saver`` the stage goes on where its newest checkpoint left it.
     """
     iterations = max(1, math.ceil(config.epochs * len(prompts) * config.group / config.rollouts))
     if config.max_steps:
@@ -89,6 +92,9 @@ def train(
     )
     learner = Learner(policy, state.policy, critic, critic_optimizer, demonstrations)
     wants_greedy = "greedy" in _wanted(config)
+    moving = _moving(learner, reader.moving, state)
+    if saver is not None and (found := saver.found()) is not None:
+        moving.restore(found)
     progress.start(stage, iterations)
     while state.iteration < iterations:
         begun = time.perf_counter()
@@ -133,7 +139,29 @@ def train(
         if state.iteration % config.samples_every == 1 or config.samples_every == 1 or state.iteration == iterations:
             _log_samples(log, stage, state.iteration, drawn, total, reader)
         progress.update(state.iteration, metrics)
+        if saver is not None:
+            saver.after(state.iteration, iterations, moving)
     return state
+
+
+def _moving(learner: Learner, follower: Role | None, state: RlState) -> Moving:
+    """What a checkpoint of RL holds."""
+    roles = {"policy": learner.policy, "critic": learner.critic, "moving": follower}
+    optimizers = {"policy": learner.policy_optimizer, "critic": learner.critic_optimizer}
+
+    def numbers() -> dict[str, Any]:
+        return {"iteration": state.iteration, "kl_coef": state.controller.coef, "moments": asdict(state.moments)}
+
+    def set_numbers(saved: dict[str, Any]) -> None:
+        state.iteration, state.controller.coef = saved["iteration"], saved["kl_coef"]
+        state.moments = RunningMoments(**saved["moments"])
+
+    return Moving(
+        {name: role.parameters() for name, role in roles.items() if role is not None},
+        {name: optimizer for name, optimizer in optimizers.items() if optimizer is not None},
+        numbers,
+        set_numbers,
+    )
 
 
 def _wanted(config: Policy) -> tuple[str, ...]:

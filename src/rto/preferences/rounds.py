@@ -17,6 +17,8 @@ from torch import Tensor
 
 from rto.config import Rounds, Supervised
 from rto.models.role import Role
+from rto.models.saver import Moving, Saver
+from rto.models.store import Checkpoint
 from rto.preferences.objectives import Objective
 from rto.preferences.train import fit
 
@@ -32,6 +34,7 @@ def fit_rounds(
     rows: Sequence[Row],
     training: Supervised,
     rounds: Rounds,
+    saver: Saver | None = None,
     **settings: Any,
 ) -> int:
     """:func:`fit` once a round, on consecutive equal parts of ``rows``. Returns the steps of all rounds.
@@ -46,20 +49,42 @@ def fit_rounds(
     """
     if len(rows) < rounds.count:
         raise ValueError(f"prefer.rounds.count = {rounds.count}, but there are {len(rows)} rows: lower it")
-    steps = 0
+    steps, first = 0, 0
     trained = snapshot(role) if rounds.extrapolation else []
-    for number in range(rounds.count):
-        if number == 1:
+    found = saver.found() if saver is not None else None
+    if found is not None:
+        first, steps = found.state["numbers"]["round"], found.state["numbers"]["before"]
+    for number in range(first, rounds.count):
+        if number and number in (1, first):
             reference = follower()
-        if number:
+        if number and number > first:
             copy_weights(role, reference)
+        beside = _beside(number, steps, reference if number else None, trained)
+        if number == first and found is not None:
+            _restore(found, beside)
         part = rows[number * len(rows) // rounds.count : (number + 1) * len(rows) // rounds.count]
-        steps += fit(stage, objective(reference), part, training, before=steps, **settings).step
+        made = objective(reference)
+        steps += fit(stage, made, part, training, before=steps, saver=saver, beside=beside, **settings).step
         if rounds.extrapolation:
             reached = snapshot(role)
             extrapolate(role, trained, rounds.extrapolation)
             trained = reached
     return steps
+
+
+def _beside(number: int, before: int, reference: Role | None, trained: list[Tensor]) -> Moving:
+    """What a round keeps beside the policy in a checkpoint: where it began, its reference, the weights before it."""
+    weights: dict[str, list[Tensor]] = {"trained": trained}
+    if reference is not None:
+        weights["reference"] = list(reference.parameters())
+    return Moving(weights, {}, lambda: {"round": number, "before": before})
+
+
+@torch.no_grad()
+def _restore(found: Checkpoint, beside: Moving) -> None:
+    for name, part in beside.weights.items():
+        for i, weight in enumerate(part):
+            weight.copy_(found.tensors[f"{name}/{i}"])
 
 
 def snapshot(role: Role) -> list[Tensor]:

@@ -19,6 +19,7 @@ from rto.config import Supervised
 from rto.data.collate import micro_batches
 from rto.models.role import Role
 from rto.models.runtime import Runtime
+from rto.models.saver import Moving, Saver
 from rto.optim import Optimizer
 from rto.preferences.cache import ReferenceCache
 from rto.preferences.groups import GroupObjective
@@ -71,8 +72,13 @@ def fit(
     progress: Any,
     held_out: Sequence[Row] = (),
     before: int = 0,
+    saver: Saver | None = None,
+    beside: Moving | None = None,
 ) -> LoopState:
     """Train ``objective.role`` on ``rows``; metrics go to ``log``, their steps counted from ``before``.
+
+    With a ``saver`` the stage goes on where a checkpoint of a step after ``before`` left it. ``beside`` is what a
+    caller of several fits keeps in it too.
 
     The rows of every epoch are shuffled by (seed, kind of stage, epoch): "prefer/kto" sees the order of
     "prefer". The last batch may be smaller.
@@ -88,6 +94,11 @@ def fit(
     order = [i for epoch in range(math.ceil(wanted / len(rows))) for i in shuffled(len(rows), seed, kind, epoch)]
     order = order[:wanted]
     state = LoopState(Optimizer(objective.role.parameters(), training, training.lr, steps))
+    moving = _moving(objective, state, beside)
+    if saver is not None:
+        found = saver.found()
+        if found is not None and before < found.step <= before + steps:
+            moving.restore(found)
     progress.start(stage, steps)
     while state.step < steps:
         begun = time.perf_counter()
@@ -109,7 +120,25 @@ def fit(
             log.metrics(stage, before + state.step, values)
             runtime.track({f"{stage}/{key}": value for key, value in values.items()}, before + state.step)
         progress.update(state.step, values)
+        if saver is not None:
+            saver.after(before + state.step, before + steps, moving)
     return state
+
+
+def _moving(objective: Objective[Row], state: LoopState, beside: Moving | None) -> Moving:
+    """What a checkpoint of a fit holds."""
+
+    def numbers() -> dict[str, Any]:
+        own = {"step": state.step, "rows_seen": state.rows_seen, "baseline": getattr(objective, "baseline", None)}
+        return own | (beside.numbers() if beside else {})
+
+    def set_numbers(saved: dict[str, Any]) -> None:
+        state.step, state.rows_seen = saved["step"], saved["rows_seen"]
+        if hasattr(objective, "baseline"):
+            objective.baseline = saved["baseline"]
+
+    weights = {"role": objective.role.parameters(), **(beside.weights if beside else {})}
+    return Moving(weights, {"role": state.optimizer}, numbers, set_numbers)
 
 
 def gradients(objective: Objective[Row], batch: list[Row], budget: int, runtime: Runtime) -> tuple[float, Sums]:

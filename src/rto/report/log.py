@@ -12,7 +12,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,17 +42,24 @@ class RunLog:
         """Adds one record, such as ``{"prompt": ..., "answer": ..., "score": ...}``, of JSON values."""
         self._append(SAMPLES, stage, step, record)
 
-    def drop_stage(self, stage: str, after: int | None = None) -> None:
-        """Removes the rows of a stage that is started afresh, or only those of steps later than ``after``.
+    def drop_stage(self, stage: str) -> None:
+        """Removes the rows of a stage that is started afresh."""
+        self._keep(lambda row: row["stage"] != stage)
 
-        A stage that continues from a checkpoint passes its step as ``after``, so that no step is logged twice.
+    def cut(self, stage: str, step: int) -> None:
+        """Removes a stage's rows of steps later than ``step``: it continues from there, and logs those again.
+
+        All other rows keep their bytes. ValueError names a broken line that is not the last one.
         """
+        self._keep(lambda row: row["stage"] != stage or row["step"] <= step)
+
+    def _keep(self, wanted: Callable[[Row], bool]) -> None:
         for name in (METRICS, SAMPLES):
             path = self.folder / name
-            rows = _read(path)
-            kept = [row for row in rows if row["stage"] != stage or (after is not None and row["step"] <= after)]
-            if len(kept) < len(rows):
-                _replace(path, "".join(_line(row) for row in kept).encode())
+            _mend(path)
+            kept = [(line, wanted(row)) for line, row in _lines(path)]
+            if not all(stays for _, stays in kept):
+                _replace(path, b"".join(line + b"\n" for line, stays in kept if stays))
 
     def _append(self, name: str, stage: str, step: int, values: Row) -> None:
         taken = [key for key in values if key in RESERVED]
@@ -98,19 +105,22 @@ def _line(row: Row) -> str:
 
 
 def _read(path: Path, stage: str | None = None) -> list[Row]:
+    return [row for _, row in _lines(path) if stage is None or row["stage"] == stage]
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, Row]]:
+    """Each line without its end, and the row that it holds."""
     if not path.exists():
-        return []
-    rows = []
+        return
     lines = path.read_bytes().rstrip(b"\n").split(b"\n")
     for number, line in enumerate(lines, 1):
         row = _parse(line)
         if row is None and number < len(lines):
             raise ValueError(f"{path}, line {number}: not a JSON object with 'stage' and 'step'. Delete the line.")
         if row is not None:
-            rows.append(row)
+            yield line, row
         elif line:
             logger.warning("%s: the last line is half-written and was left out", path)
-    return [row for row in rows if stage is None or row["stage"] == stage]
 
 
 def _parse(line: bytes) -> Row | None:
@@ -136,7 +146,10 @@ def _mend(path: Path) -> None:
 
 def _replace(path: Path, data: bytes) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())  # else a power cut could leave the new name with nothing in it
     os.replace(temporary, path)
 
 
