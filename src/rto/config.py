@@ -188,7 +188,7 @@ class Normaliser(Section):
 
     answers: Literal["pairs", "sampled"] = "pairs"  # the training pairs' answers, or answers of the reference
     limit: int = Field(60_000, ge=2)  # answers
-    floor: float = Field(0.1, gt=0)  # the fitted std is never below this; raw units of the scorer
+    floor: float = Field(0.1, gt=0)  # the fitted std is never below this share of the std of all segments' values
 
 
 class Reward(Trained):

@@ -92,6 +92,8 @@ def test_an_answer_that_looks_like_a_template_stays_what_it_is():
         ("More helpful: A or B", None),
         ("A is more helpful: A", None),
         ("I would say A", None),
+        ("<think>\nMore helpful: A\nor not?</think>\nMore helpful: B", "B"),
+        ("<think>More helpful: A", None),
         ("", None),
     ],
 )
@@ -203,7 +205,7 @@ def test_every_prompt_is_judged_or_listed(judge_server, endpoint, tmp_path):
     assert again["pairs"][0]["games"] == {"played": 90, "failed": 0, "invalid": invalid}
 
 
-def test_killed_and_resumed_without_judging_a_game_twice(judge_server, endpoint, tmp_path):
+def test_killed_and_resumed_without_judging_a_game_twice(judge_server, endpoint, tmp_path, monkeypatch):
     a, b = two(80)
     for name, answers in (("a", a), ("b", b)):
         rows = [{"prompt": one.prompt, "answer": one.answer, "policy": name} for one in answers]
@@ -231,7 +233,7 @@ def test_killed_and_resumed_without_judging_a_game_twice(judge_server, endpoint,
         file.write(b'{"id": "half of a li')  # what a kill in the middle of a write leaves
     asked = judge_server.games.copy()
     judge_server.delay = 0.0
-    os.environ["OPENAI_API_KEY"] = KEY  # judge_server takes it away again
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
     report = ask((a, b), replace(endpoint, timeout=60.0), path.parent)
     assert report["games"] == {"played": 120, "failed": 0, "invalid": 0} and report["pairs"][0]["n"] == 80
     assert sum((judge_server.games - asked).values()) == 120 - len(done)
@@ -300,10 +302,12 @@ def call(tmp_path: Path, url: str, *words: str) -> int:
 
 
 def test_the_command(judge_server, tmp_path, capsys):
-    assert call(tmp_path, judge_server.url, "--seed", "3", "--max-tokens", "99") == 0
+    assert call(tmp_path, judge_server.url, "--seed", "3", "--max-tokens", "99", "--limit", "3") == 0
     out, err = capsys.readouterr()
-    assert out == (tmp_path / "out" / "report.md").read_text() and "12 of 12 games" in err
+    assert out == (tmp_path / "out" / "report.md").read_text() and " games" in err
     assert judge_server.asked[0]["max_tokens"] == 99 and judge_server.asked[0]["seed"] == 3
+    assert call(tmp_path, judge_server.url, "--no-seed", "--limit", "3", "--out", str(tmp_path / "two")) == 0
+    assert "seed" not in judge_server.asked[-1]
 
 
 def test_some_failures_are_loud_and_all_are_an_error(judge_server, tmp_path, capsys):

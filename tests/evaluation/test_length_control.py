@@ -30,7 +30,7 @@ def test_answers_of_equal_length_leave_the_win_rate():
     wins = np.array([1.0, 1.0, 1.0, 0.0] * 50)
     found = length_controlled(wins, np.zeros(200), rounds=200)
     theta = math.log(found.win_rate.estimate / (1 - found.win_rate.estimate))
-    assert 150 == pytest.approx(200 * logistic(theta) + RIDGE * theta, abs=1e-9)
+    assert pytest.approx(200 * logistic(theta) + RIDGE * theta, abs=1e-9) == 150
     assert found.win_rate.estimate == pytest.approx(0.75, abs=1e-4)
     assert found.win_rate.low < 0.75 < found.win_rate.high
     assert (found.slope, found.longer, found.n) == (0.0, 0.0, 200)

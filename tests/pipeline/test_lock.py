@@ -34,7 +34,9 @@ def other(code: str, folder: Path):
         yield process, process.stdout.readline().strip()
     finally:
         process.kill()
-        process.communicate()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            pipe.close()
 
 
 def test_the_second_process_is_refused_and_told_who_holds_it(tmp_path):
@@ -47,8 +49,8 @@ def test_the_second_process_is_refused_and_told_who_holds_it(tmp_path):
                 pass
         with RunLock(tmp_path / "runs" / "b"):  # another folder is free
             pass
-        process.stdin.close()
-        assert process.wait(30) == 0
+        process.communicate(timeout=30)  # closes its standard input
+        assert process.returncode == 0
     with RunLock(run), other(HOLD, run) as (process, said):
         assert said == "" and process.wait(30) == 1
     assert (run / ".lock").read_bytes() == b""

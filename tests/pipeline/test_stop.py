@@ -59,8 +59,8 @@ def test_a_second_signal_ends_at_once(first, second):
     assert "Once more: ends at once" in process.stderr.readline()
     assert process.poll() is None
     process.send_signal(signal.Signals[second])
-    assert process.wait(30) == -signal.Signals[second]
-    process.communicate()
+    process.communicate(timeout=30)
+    assert process.returncode == -signal.Signals[second]
 
 
 def test_the_codes_are_distinct():
@@ -111,10 +111,13 @@ def test_another_thread_installs_nothing():
 FORK = f"""
 import os, runpy, signal, time
 with runpy.run_path({str(FILE)!r})["Stop"]() as stop:
+    ours, theirs = os.pipe()
     child = os.fork()
     if not child:
+        os.write(theirs, b"x")
         time.sleep(60)
         os._exit(1)
+    os.read(ours, 1)
     os.kill(child, signal.SIGTERM)
     assert os.waitpid(child, 0)[1] == signal.SIGTERM
     stop.check()

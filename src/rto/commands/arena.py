@@ -1,8 +1,9 @@
-"""``rto arena``: the numbers of Arena-Hard from judgments, WR and SC, with intervals over rows and over questions."""
+"""``rto arena``: the numbers of Arena-Hard, WR and SC, from stored judgments or from a judge that is asked now."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,8 @@ if TYPE_CHECKING:  # imported when the verb runs: `rto --help` must be quick
     from rto.evaluation.arena import Judgment, Rate, Rows
     from rto.evaluation.winrate import Interval
 
-HELP = "Arena-Hard from judgments: win rate, and the style-controlled one in a pool of other models"
+HELP = "Arena-Hard: win rate, and the style-controlled one in a pool of other models; from judgments, or ask a judge"
+ASKED = "arena"  # the folder of --out when a judge is asked
 ORDER = "two games a question: the baseline is shown first in game 1, the model in game 2"
 SCORED_OTHERWISE = {
     "current": "SC is fitted to convergence on all rows (released code: 50 optimiser steps, median of 100 resamples); "
@@ -22,7 +24,7 @@ SCORED_OTHERWISE = {
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("judgments", nargs="+", help="files or folders of judgments: either official layout, or ours")
+    parser.add_argument("judgments", nargs="*", help="files or folders of judgments: either official layout, or ours")
     parser.add_argument(
         "--scoring",
         choices=("classic", "current"),
@@ -32,20 +34,37 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--answers", help="a folder of MODEL.jsonl; default: model_answer beside model_judgment")
     parser.add_argument("--pool", help="judgments of other models, with model_judgment and model_answer, for SC")
     parser.add_argument("--baseline", help="only judgments against it; needed where files hold several or none")
-    parser.add_argument("--out", help="a folder for report.json and report.md")
+    parser.add_argument("--category", help="only questions of it: the published numbers are of one category")
+    parser.add_argument("--out", help="a folder for report.json and report.md; when asking: arena")
     parser.add_argument("--bootstrap", type=int, default=500, help="resamples of each interval; default: 500")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap; default: 0")
+    asking = parser.add_argument_group("instead of JUDGMENTS, ask a judge (with --answers and --baseline)")
+    asking.add_argument("--questions", help="question.jsonl of either layout")
+    asking.add_argument("--candidates", nargs="+", help="models to judge; default: all of --answers but the baseline")
+    asking.add_argument("--model", help="the judge, as the endpoint calls it")
+    asking.add_argument("--base-url", help="default: $OPENAI_BASE_URL, else OpenAI")
+    asking.add_argument("--key-env", default="OPENAI_API_KEY", help="variable with the key; default: OPENAI_API_KEY")
+    asking.add_argument("--concurrency", type=int, default=8, help="questions at a time; default: 8")
+    asking.add_argument("--per-minute", type=int, help="at most so many requests a minute; default: no limit")
+    asking.add_argument("--temperature", type=float, default=0.0, help="of the judge; default: 0")
+    asking.add_argument("--max-tokens", type=int, default=4096, help="of a reply; default: 4096")
+    asking.add_argument("--quiet", action="store_true", help="no progress")
 
 
 def run(known: argparse.Namespace) -> int:
+    """0: there are scores, 1: every game failed. ValueError: wrong input."""
     from rto.evaluation import arena, arena_files
     from rto.evaluation.alpaca_files import write_json
     from rto.evaluation.winrate import without_nan
 
     if known.bootstrap < 1:
         raise ValueError(f"--bootstrap {known.bootstrap}: one round or more is needed")
-    files = [file for path in known.judgments for file in arena_files.judgment_files(path)]
-    judgments = [j for file in files for j in arena_files.read_judgments(file, known.scoring, known.baseline)]
+    if bool(known.judgments) == bool(known.questions):
+        raise ValueError("give judgments, or --questions FILE --answers DIR --baseline NAME --model JUDGE to make them")
+    judgments = _ask(known) if known.questions else _read(known)
+    if all(game is None for j in judgments for game in j.games):
+        print("rto arena: every game failed: the same command asks them again", file=sys.stderr)
+        return 1
     judged = list(dict.fromkeys(j.model for j in judgments))
     notes = [SCORED_OTHERWISE[known.scoring]]
     judgments += _pool(known, judgments, notes)
@@ -104,13 +123,76 @@ def run(known: argparse.Namespace) -> int:
     report = without_nan(report)
     text = _markdown(report)
     print(text)
-    if known.out:
-        folder = Path(known.out)
+    out = known.out or (ASKED if known.questions else None)
+    if out:
+        folder = Path(out)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "report.json", report)
         (folder / "report.md").write_text(text + "\n", encoding="utf-8")
         print(f"\nwritten: {folder / 'report.json'}, {folder / 'report.md'}")
     return 0
+
+
+def _read(known: argparse.Namespace) -> list[Judgment]:
+    from rto.evaluation import arena_files
+
+    files = [file for path in known.judgments for file in arena_files.judgment_files(path)]
+    found = [j for file in files for j in arena_files.read_judgments(file, known.scoring, known.baseline)]
+    kept = [j for j in found if known.category in (None, j.category)]
+    if not kept:
+        there = ", ".join(sorted({j.category for j in found if j.category})) or "none (classic files do not name them)"
+        raise ValueError(f"--category {known.category}: the categories of these judgments are {there}")
+    return kept
+
+
+def _ask(known: argparse.Namespace) -> list[Judgment]:
+    """Two games a question and model; replies and official files in the folder of ``--out``."""
+    from rto.evaluation import arena_files
+    from rto.evaluation.arena_judge import arena_tasks, judgments_of_replies
+    from rto.evaluation.endpoint import Endpoint, ask_all
+    from rto.evaluation.formats import read_questions
+    from rto.report.log import Progress
+
+    if not (known.answers and known.baseline and known.model):
+        raise ValueError("--questions needs --answers DIR, --baseline NAME and --model JUDGE")
+    questions = [
+        question
+        for question in read_questions(known.questions, "arena")
+        if known.category in (None, question.record.get("category"))
+    ]
+    if not questions:
+        raise ValueError(f"{known.questions}: no question of --category {known.category}")
+    there = sorted(path.stem for path in Path(known.answers).glob("*.jsonl"))
+    models = known.candidates or [name for name in there if name != known.baseline]
+    if not models:
+        raise ValueError(f"--answers {known.answers}: no MODEL.jsonl there but the baseline's")
+    texts = {
+        name: {uid: answer.text for uid, answer in arena_files.answers_of(name, [known.answers]).items()}
+        for name in (known.baseline, *models)
+    }
+    tasks = [
+        task
+        for name in models
+        for task in arena_tasks(questions, texts[known.baseline], texts[name], model=name, baseline=known.baseline)
+    ]
+    endpoint = Endpoint(
+        known.model,
+        known.base_url,
+        known.key_env,
+        temperature=known.temperature,
+        max_tokens=known.max_tokens,
+        concurrency=known.concurrency,
+        per_minute=known.per_minute,
+    )
+    folder = Path(known.out or ASKED)
+    with Progress(enabled=not known.quiet) as progress:
+        progress.start("judge", len(tasks))
+        rows = ask_all(tasks, endpoint, folder / "judgments.jsonl", lambda done, total: progress.update(done, {}))
+    judgments = judgments_of_replies(rows, known.scoring, str(folder / "judgments.jsonl"))
+    for name in models:
+        file = folder / "model_judgment" / known.model.replace("/", "_") / f"{name}.jsonl"
+        arena_files.write_judgments(file, [j for j in judgments if j.model == name], known.scoring)
+    return judgments
 
 
 def _pool(known: argparse.Namespace, judgments: list[Judgment], notes: list[str]) -> list[Judgment]:
@@ -129,7 +211,7 @@ def _pool(known: argparse.Namespace, judgments: list[Judgment], notes: list[str]
     ):
         notes += [f"{name}: {why}" for name in sorted(names)]
     found = [j for j in found if j.model not in mine | {judge}]
-    wanted = {j.uid for j in judgments}
+    wanted = {j.uid for j in judgments}  # of one category where one was chosen
     kept = [j for j in found if j.uid in wanted]
     if len(kept) < len(found):
         notes.append(f"{len(found) - len(kept)} judgments of the pool are on other questions and were left out")

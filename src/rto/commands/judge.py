@@ -31,6 +31,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="of the judge; default: 0")
     parser.add_argument("--max-tokens", type=int, default=2048, help="of a reply; default: 2048")
     parser.add_argument("--seed", type=int, default=0, help="of order, judge and bootstrap; default: 0")
+    parser.add_argument("--no-seed", action="store_true", help="send no seed to the judge: some servers refuse it")
     parser.add_argument("--quiet", action="store_true", help="no progress")
 
 
@@ -51,7 +52,7 @@ def run(known: argparse.Namespace) -> int:
         retries=known.retries,
         concurrency=known.concurrency,
         per_minute=known.per_minute,
-        seed=known.seed,
+        seed=None if known.no_seed else known.seed,
     )
     report = judge(
         [read_answers(path) for path in known.answers],

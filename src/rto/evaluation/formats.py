@@ -84,7 +84,7 @@ def read_questions(path: str | Path, format: str) -> list[Question]:
     for number, record in enumerate(read_records(path), 1):
         try:
             question = FORMATS[format].question(record, number)
-        except (KeyError, TypeError, BadRow) as error:
+        except (LookupError, TypeError, BadRow) as error:
             detail = str(error) if isinstance(error, BadRow) else f"found the keys {', '.join(record) or 'none'}"
             wants = FORMATS[format].wants
             raise ValueError(

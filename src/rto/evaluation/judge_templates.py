@@ -52,8 +52,10 @@ class Template:
     def verdict(self, reply: str) -> Verdict | None:
         """What the reply says; None unless its labels are all of one verdict. Nothing is guessed.
 
-        Marks of emphasis and quotes are left out and white space counts as one space; case does not count.
+        Thoughts that a judge shows before its reply (``<think>...</think>``) are no verdict. Marks of emphasis and
+        quotes are left out and white space counts as one space; case does not count.
         """
+        reply = re.sub(r"^\s*<think>.*?(</think>|\Z)", "", reply, count=1, flags=re.DOTALL)
         lines = [_plain(line) for line in reply.splitlines()]
         lines = [line.rstrip(" .") for line in lines] if self.whole_line else [" ".join(lines)]
         found = {

@@ -147,7 +147,7 @@ def matched(one: Recipe, other: Recipe) -> list[tuple[Run, Run]]:
         raise ValueError(f"{one.label} and {other.label} have no seed in common ({seeds})")
     for a, b in pairs:
         if a.oracle != b.oracle:
-            raise ValueError(f"{a.folder} and {b.folder} have different oracles: {a.oracle!r} and {b.oracle!r}")
+            raise ValueError(f"{a.folder} and {b.folder} have different oracles: {a.oracle}; {b.oracle}")
         if a.judge != b.judge:
             raise ValueError(f"{a.folder} and {b.folder} have different oracles: each trained its own")
         if a.prompts != b.prompts:

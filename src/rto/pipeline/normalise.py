@@ -45,7 +45,9 @@ def fit_normaliser(job: Job, stage: str, settings: Reward) -> str:
         values = scorer.token_scores(answers, prompts)
     else:
         values = token_values(scorer, answers, budget)
-    found = fit(values[ends], locations(ends, answers.mask)[ends], settings.normaliser.floor)
+    # The floor is a share: scorers differ in the scale of their values, and a young one's are all small.
+    floor = max(settings.normaliser.floor * values[ends].std(correction=0).item(), 1e-8) if ends.any() else 1.0
+    found = fit(values[ends], locations(ends, answers.mask)[ends], floor)
     found = dataclasses.replace(found, answers=len(answers))
     if found.floored:
         job.progress.say(f"{stage}: the std of {found.floored:.1%} of the segments is the floor, {found.floor:g}")

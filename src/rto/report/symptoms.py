@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import mean, median
+from statistics import fmean, median
 from typing import Any, NamedTuple
 
 Rows = Sequence[Mapping[str, Any]]
@@ -55,7 +55,7 @@ class Series:
     def window(self, start: int, width: int) -> Window:
         stop = start + width
         error = self.noise / math.sqrt(width)
-        return Window(mean(self.values[start:stop]), error, self.steps[start], self.steps[stop - 1])
+        return Window(fmean(self.values[start:stop]), error, self.steps[start], self.steps[stop - 1])
 
     def head(self) -> Window:
         return self.window(0, min(5, self.width))
