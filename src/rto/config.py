@@ -8,9 +8,10 @@ advantage estimator or a policy loss belong to its function: here they are a :da
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 Spec = dict[str, Any]
 # Types of options: a recipe is refused where a number is out of bounds.
@@ -330,6 +331,15 @@ class Config(Section):
     scorers: dict[str, dict[str, Any]] = {}  # name -> keys of [reward] that differ: further scorers
     baselines: dict[str, dict[str, Any]] = {}  # name -> keys of [policy] that differ: trained for comparison
     evaluation: Evaluation = Evaluation()
+
+    @field_validator("guides", "scorers", "baselines")
+    @classmethod
+    def _names(cls, named: dict[str, Any]) -> dict[str, Any]:
+        """Names become folders of the run and adapters of a model."""
+        for name in named:
+            if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", name):
+                raise ValueError(f"{name!r} is no name: letters, digits, - and _ make one, and - is not the first")
+        return named
 
     @model_validator(mode="after")
     def _together(self):

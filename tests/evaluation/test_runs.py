@@ -195,6 +195,9 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path):
         table(one, asked)
     with pytest.raises(ValueError, match="one recipe and seed"):
         table(one, one)
+    more = write_run(tmp_path / "more", {"dpo": [1.0, 2.0], "sft": [1.0, 2.0]}, seed=1)
+    with pytest.raises(ValueError, match="lacks dpo: finish it"):
+        table(one, more)
     for folder, settings in ((one, {"lr": 1}), (other, {"lr": 2})):  # held-out oracles that look alike in words
         (folder / "stages.json").write_text(json.dumps({"oracle": {"inputs": settings}}))
     text = (one / "evaluation.json").read_text()

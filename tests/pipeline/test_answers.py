@@ -172,10 +172,14 @@ def test_what_was_made_otherwise_is_refused(trained, tmp_path):
         ({"temperature": 0.5}, "temperature was 1.0 and is 0.5"),
         ({"model": "other"}, "model was 'mine' and is 'other'"),
     ):
-        with pytest.raises(ValueError, match=f"other settings .{said}.*choose another --out"):
+        with pytest.raises(ValueError, match=f"made otherwise .{said}.*choose another --out"):
             write(trained, "arena", out, questions, **changed)
     with pytest.raises(ValueError, match="format was 'arena' and is 'alpaca'"):
         write(trained, "alpaca", out, ask(tmp_path, "alpaca"))
+    with pytest.raises(ValueError, match="made otherwise .questions was"):
+        edited = tmp_path / "edited.jsonl"
+        edited.write_text(Path(questions).read_text().replace("Sort.", "Sort it."))
+        write(trained, "arena", out, str(edited))
     (tmp_path / "theirs").write_text('{"uid": "u1"}\n')
     with pytest.raises(ValueError, match="was not written by `rto generate --format`"):
         write(trained, "arena", tmp_path / "theirs", ask(tmp_path, "arena"))
@@ -217,6 +221,12 @@ def test_flags_that_do_not_fit_are_refused(trained, tmp_path, monkeypatch, words
     assert refused.err.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["q.jsonl"]
     assert "--model-name goes with --format" in rto("generate", trained.output, "--model-name", "m").err
+
+
+def test_the_command_line_knows_every_format():
+    shown = rto("generate", "nowhere", "--format", "csv")
+    assert shown.code == 2
+    assert all(f"{format!r}" in shown.err or f" {format}" in shown.err for format in FORMATS)
 
 
 def test_the_tiny_world_has_no_second_turn(world_recipe, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 
 from rto.commands import doctor
 from rto.report import RunLog
-from rto.report.doctor import LOOKS, RULES, Finding, diagnose, live
+from rto.report.doctor import RULES, Finding, diagnose, live
 from rto.report.symptoms import Curves, Series, rises
 
 
@@ -160,12 +160,12 @@ def test_the_kl_of_step_1_is_zero_and_later_negative_kl_is_judged_by_its_noise()
 
 def test_absent_null_and_nan_say_nothing():
     keys = [key for key in healthy(1)[0] if key not in ("stage", "step")]
-    for bad in (None, math.nan, math.inf, -math.inf):
+    for bad in (None, math.nan, -math.inf):
         assert diagnose([{**row, **dict.fromkeys(keys, bad)} for row in healthy()]) == []
     assert diagnose([{"stage": "rl/rto", "step": i} for i in range(1, 30)]) == []
-    for key in keys:  # each alone
-        assert diagnose([{**row, key: None} for row in healthy()]) == []
-        assert diagnose([{"stage": row["stage"], "step": row["step"], key: row[key]} for row in healthy()]) == []
+    for key in keys:  # each missing, and each alone
+        assert live([{**row, key: None} for row in healthy()]) == []
+        assert live([{"stage": row["stage"], "step": row["step"], key: row[key]} for row in healthy()]) == []
     assert diagnose([]) == [] and live([]) == []
 
 
@@ -199,11 +199,11 @@ def test_what_passed_is_kept_with_its_steps():
 
 
 def test_a_long_stage_is_thinned_with_its_ends_whole():
-    rows = changed("oracle", lambda t: 1 - 8 * (t - 0.4) ** 2, 5000)
+    rows = changed("oracle", lambda t: 1 - 8 * (t - 0.4) ** 2, 5000, **{"value/explained_variance": 0.5})
     (found,) = live(rows)
     assert found.rule == "reward-hacking"
     assert found.evidence["oracle"] == pytest.approx(sum(row["oracle"] for row in rows[-20:]) / 20)
-    assert len({finding.rule for finding in diagnose(rows)}) == 1 and LOOKS == 100
+    assert names(rows) == {"reward-hacking"}
 
 
 def test_windows_and_noise_by_hand():

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import rto.rollouts.http
-from rto.rollouts.http import HttpScorer, _asked_wait
+from rto.rollouts.http import HttpScorer, asked_wait
 
 PROMPTS = ["a", "b", "\u00e9\ud800"]  # the last one is half a character
 ANSWERS = ["x y.", "z.", "w."]
@@ -192,10 +192,10 @@ def test_the_server_may_ask_for_time(server):
 def test_the_time_may_be_a_date():
     def asked(seconds: float) -> float:
         when = datetime.now(timezone.utc) + timedelta(seconds=seconds)
-        return _asked_wait({"Retry-After": format_datetime(when, usegmt=True)})
+        return asked_wait({"Retry-After": format_datetime(when, usegmt=True)})
 
     assert 80 < asked(100) <= 100
-    assert asked(-100) == _asked_wait({}) == _asked_wait({"Retry-After": "nan"}) == 0.0
+    assert asked(-100) == asked_wait({}) == asked_wait({"Retry-After": "nan"}) == 0.0
 
 
 def test_but_not_for_ever(server, monkeypatch):

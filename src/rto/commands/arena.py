@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # imported when the verb runs: `rto --help` must be quick
-    from rto.evaluation.arena import Judgment, Rate, Rows
+    from rto.evaluation.arena import Judgment, Rate, Rows, StyleControl
     from rto.evaluation.winrate import Interval
 
 HELP = "Arena-Hard: win rate, and the style-controlled one in a pool of other models; from judgments, or ask a judge"
@@ -53,7 +53,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(known: argparse.Namespace) -> int:
     """0: there are scores, 1: every game failed. ValueError: wrong input."""
-    from rto.evaluation import arena, arena_files
+    from rto.evaluation import arena
     from rto.evaluation.alpaca_files import write_json
     from rto.evaluation.winrate import without_nan
 
@@ -67,28 +67,14 @@ def run(known: argparse.Namespace) -> int:
         return 1
     judged = list(dict.fromkeys(j.model for j in judgments))
     notes = [SCORED_OTHERWISE[known.scoring]]
+    _check_one(judgments)
     judgments += _pool(known, judgments, notes)
     _check_one(judgments)
     rows = arena.score_rows(judgments, known.scoring)
     wins = arena.win_rates(rows, known.scoring, known.bootstrap, known.seed)
     notes += _counts(rows)
 
-    folders = [Path(known.answers)] if known.answers else []
-    found = [arena_files.answer_folder(path) for path in (*known.judgments, *([known.pool] if known.pool else []))]
-    folders += [folder for folder in dict.fromkeys(found) if folder]
-    controlled = uncentred = tokens = None
-    if folders:
-        baseline = judgments[0].baseline
-        answers = {name: arena_files.answers_of(name, folders) for name in dict.fromkeys((baseline, *rows.models))}
-        features, tokens = arena_files.style_features(answers, known.scoring)
-        own = {(name, uid): row for name in rows.models for uid, row in features[name].items()}
-        inputs = (rows, own, features[baseline], known.scoring)
-        controlled = arena.style_controlled(*inputs, known.bootstrap, known.seed)
-        uncentred = arena.style_controlled(*inputs, rounds=0, centred=False)
-        if warning := arena.pool_warning(len(rows.models)):
-            notes.append(f"warning: {warning}")
-    else:
-        notes.append("no style-controlled win rate without the answers: --answers DIR")
+    controlled, uncentred, tokens = _style(known, rows, judgments[0].baseline, notes)
 
     first = judgments[0]
     report: dict[str, Any] = {
@@ -119,7 +105,7 @@ def run(known: argparse.Namespace) -> int:
     }
     if controlled:
         report["style_coefficients"] = controlled.coefficients
-        report["style_controlled_matrix"] = {"models": list(rows.models), "rates": controlled.matrix.tolist()}
+        report["style_controlled_matrix"] = {"models": list(rows.models), "rates": (100 * controlled.matrix).tolist()}
     report = without_nan(report)
     text = _markdown(report)
     print(text)
@@ -218,6 +204,33 @@ def _pool(known: argparse.Namespace, judgments: list[Judgment], notes: list[str]
     if not kept:
         raise ValueError(f"--pool {known.pool}: no judgment of another model against {baseline} on these questions")
     return kept
+
+
+def _style(
+    known: argparse.Namespace, rows: Rows, baseline: str, notes: list[str]
+) -> tuple[StyleControl | None, StyleControl | None, str | None]:
+    """SC, its un-centred variant and the counter of tokens; nothing where the answers are not at hand."""
+    from rto.evaluation import arena, arena_files
+    from rto.evaluation.arena_style import APPROXIMATE
+
+    beside = [arena_files.answer_folder(path) for path in (*known.judgments, *([known.pool] if known.pool else []))]
+    folders = [Path(known.answers)] if known.answers else []
+    folders += [folder for folder in dict.fromkeys(beside) if folder]
+    if not folders:
+        notes.append("no style-controlled win rate without the answers: --answers DIR")
+        return None, None, None
+    answers = {name: arena_files.answers_of(name, folders) for name in dict.fromkeys((baseline, *rows.models))}
+    features, tokens = arena_files.style_features(answers, known.scoring)
+    if tokens == APPROXIMATE:
+        notes.append(
+            "tokens are counted approximately: SC is near the one with the official tokenizer, not equal to it"
+        )
+    if warning := arena.pool_warning(len(rows.models)):
+        notes.append(f"warning: {warning}")
+    own = {(name, uid): row for name in rows.models for uid, row in features[name].items()}
+    inputs = (rows, own, features[baseline], known.scoring)
+    controlled = arena.style_controlled(*inputs, known.bootstrap, known.seed)
+    return controlled, arena.style_controlled(*inputs, rounds=0, centred=False), tokens
 
 
 def _check_one(judgments: list[Judgment]) -> None:

@@ -33,7 +33,7 @@ def read_answers(path: Path | str) -> list[Answer]:
     """One answer a prompt, in the order of the file, all of one model.
 
     A row has ``prompt`` (text, or chat messages) and ``answer``, as our answers files, or ``instruction`` and
-    ``output``, as AlpacaEval's. The model is the row's ``policy``, ``model`` or ``generator``, else the file's name
+    ``output``, as AlpacaEval's. A ``conversation`` goes before a ``prompt``, which has the marks of a template. The model is the row's ``policy``, ``model`` or ``generator``, else the file's name
     less ``answers-``. The file is JSONL or one JSON array.
 
     Raises:
@@ -93,7 +93,7 @@ def _answer(row: Any, where: str, path: Path) -> Answer:
     if not isinstance(row, dict):
         raise ValueError(f"{where}: not a JSON object")
     alpaca = "instruction" in row and "output" in row
-    prompt = _prompt(row.get("instruction" if alpaca else "prompt"))
+    prompt = _prompt(row.get("conversation") or row.get("instruction" if alpaca else "prompt"))
     answer = row.get("output" if alpaca else "answer")
     if not prompt or not isinstance(answer, str):
         wanted = "instruction and output" if alpaca else "prompt and answer"

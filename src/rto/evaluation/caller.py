@@ -11,7 +11,7 @@ import time
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from rto.rollouts.http import MAX_WAIT, _asked_wait
+from rto.rollouts.http import MAX_WAIT, asked_wait
 
 if TYPE_CHECKING:
     from rto.evaluation.endpoint import Endpoint
@@ -117,7 +117,7 @@ class Caller:
     def _refusal(self, status: int, headers: Any, text: str, sent: dict[str, Any]) -> Exception:
         said = self._clean(" ".join(text.split())[:300])
         if status in AGAIN or status >= 500:
-            return Failure(f"status {status}: {said}", _asked_wait(headers))
+            return Failure(f"status {status}: {said}", asked_wait(headers))
         if status in REFUSED:
             key = f"${self.endpoint.key_env} is {'set' if self._key else 'not set'}"
             return ValueError(

@@ -130,16 +130,15 @@ def combine(recipes: Sequence[Recipe], against: str = "sft", level: float = 0.95
 
 
 def _distinct(recipes: Sequence[Recipe]) -> list[tuple[int, str]]:
-    """Recipe and policy of every row: in all seeds of a recipe, and not the same system as a row before."""
+    """Recipe and policy of every row that is not the same system as a row before."""
     places: list[tuple[int, str]] = []
     seen: set[tuple[str, frozenset[tuple[int, str]]]] = set()
     for i, recipe in enumerate(recipes):
         for name in recipe.first.policies:
-            if all(name in run.policies for run in recipe.runs.values()):
-                system = (name, frozenset((seed, run.policies[name].answers) for seed, run in recipe.runs.items()))
-                if system not in seen:
-                    places.append((i, name))
-                seen.add(system)
+            system = (name, frozenset((seed, run.policies[name].answers) for seed, run in recipe.runs.items()))
+            if system not in seen:
+                places.append((i, name))
+            seen.add(system)
     return places
 
 

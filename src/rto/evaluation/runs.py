@@ -118,7 +118,7 @@ def group_runs(runs: Sequence[Run], by: By = "method") -> list[Recipe]:
     """Runs of one recipe together as its seeds (``by`` "method"), or each run by itself ("run"), in the order given.
 
     Raises:
-        ValueError: one folder twice, or two runs of one recipe with the same seed.
+        ValueError: two runs of one recipe have the same seed, or other policies.
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:
@@ -127,6 +127,10 @@ def group_runs(runs: Sequence[Run], by: By = "method") -> list[Recipe]:
         for other in group:
             if other.seed == run.seed:
                 raise ValueError(f"{other.folder} and {run.folder} are one recipe and seed: name one")
+            if lacks := other.policies.keys() ^ run.policies.keys():
+                raise ValueError(
+                    f"{other.folder} or {run.folder} lacks {', '.join(sorted(lacks))}: finish it with rto run"
+                )
         group.append(run)
     labels = _labels(list(groups.values()))
     return [Recipe(label, {run.seed: run for run in g}) for label, g in zip(labels, groups.values(), strict=True)]

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from rto.models.load import refuse_pickles
 from rto.models.role import Role
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ def read_adapter(role: Role, folder: Path) -> None:
     Raises:
         ValueError: the folder holds another shape of adapter, or no head for a role that has one.
     """
+    refuse_pickles(folder)
     settings = json.loads((folder / "adapter_config.json").read_text())
     stored, own = load_file(folder / "adapter_model.safetensors"), _stored(role)
     if role.head is not None and _HEAD not in stored:

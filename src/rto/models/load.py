@@ -94,6 +94,7 @@ def load_network(
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    refuse_pickles(name)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust}
     settings = AutoConfig.from_pretrained(name, **options)
     fresh = False
@@ -118,11 +119,24 @@ def load_network(
     return without_dropout(network)
 
 
-def is_classifier(name: str) -> bool:
+def refuse_pickles(name: str | Path) -> None:
+    """Raises ValueError for a folder whose weights are pickles only: reading one can run any code."""
+    folder = Path(name)
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return
+    if found := sorted(path.name for end in ("bin", "pt", "pth", "ckpt") for path in folder.glob(f"*.{end}")):
+        raise ValueError(
+            f"{folder} has its weights in {found[0]}, a pickle, which can run code when it is read; only safetensors "
+            "are. If you trust it, load it with transformers once, call save_pretrained, and name that folder"
+        )
+
+
+def is_classifier(name: str, trust: bool = False) -> bool:
     """Whether a folder or hub model is a sequence classifier already, and not a causal LM to make one of."""
     from transformers import AutoConfig
 
-    return _classifies(AutoConfig.from_pretrained(name))
+    # Without a word on trust, transformers asks on the terminal.
+    return _classifies(AutoConfig.from_pretrained(name, trust_remote_code=trust))
 
 
 def _classifies(settings: Any) -> bool:

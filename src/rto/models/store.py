@@ -57,6 +57,7 @@ class Store:
         if keep < 1:
             raise ValueError(f"{folder}: keep = {keep} would leave no checkpoint: give 1 or more")
         self.folder, self.keep, self._say = Path(folder), keep, say or logger.warning
+        self._skipped: list[Path] = []  # by load
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
         """Write a checkpoint. When this returns it is on the disk and was read back; then older ones go.
@@ -84,7 +85,10 @@ class Store:
             }
             _write(temporary / MANIFEST, [json.dumps({"step": step, "files": files}, indent=1).encode()])
             _flush(temporary)
-            _verify(temporary, step)
+            try:
+                _verify(temporary, step)
+            except ValueError as error:
+                raise OSError(errno.EIO, f"the disk does not give back what was written: {error}", temporary) from error
             self._place(temporary, final)
         except BaseException as error:
             self._tidy()
@@ -103,7 +107,7 @@ class Store:
             ValueError: there are checkpoints, and all of them are damaged.
         """
         self._tidy()
-        faults = []
+        faults, self._skipped = [], []
         for step, path in reversed(self._steps()):
             try:
                 _verify(path, step)
@@ -112,6 +116,7 @@ class Store:
                 return Checkpoint(step, tensors, json.loads((path / STATE).read_bytes()))
             except (ValueError, OSError, SafetensorError) as error:
                 faults.append(f"{path.name}: {error}")
+                self._skipped.append(path)
                 self._say(f"{path} is damaged and was skipped: {error}")
         if faults:
             raise ValueError(
@@ -157,12 +162,12 @@ class Store:
             shutil.rmtree(old)
 
     def _prune(self, newest: int) -> None:
-        steps = self._steps()
-        for step, path in steps:
+        for step, path in self._steps():
             if step > newest:
                 self._say(f"{path} was given up: the run went on from before it and has saved step {newest}")
+            if step > newest or (step < newest and path in self._skipped):  # a damaged one is none of the kept
                 self._remove(path)
-        for _, path in [pair for pair in steps if pair[0] <= newest][: -self.keep]:
+        for _, path in self._steps()[: -self.keep]:
             self._remove(path)
 
     def _remove(self, path: Path) -> None:

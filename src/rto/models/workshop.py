@@ -80,7 +80,7 @@ class Workshop:
             role = self._adapter(name, head=True)
             checkpoint.read_adapter(role, Path(folder))
             return role
-        if not is_classifier(folder):
+        if not is_classifier(folder, self._trust):
             raise ValueError(f"{folder} is no one-label sequence classifier: train a scorer on it with `rto reward`")
         role = self._classifier(folder, trained)
         return role if trained else self._freeze(role)
@@ -112,16 +112,19 @@ class Workshop:
             self._others[name] = Workshop(model, name, self.tokenizer, self.runtime, self.seed)
         return self._others[name]
 
+    @property
+    def _trust(self) -> bool:
+        return isinstance(self.model, recipe.Pretrained) and self.model.trust_remote_code
+
     def _open(
         self, name: str, kind: Literal["causal", "classifier"], trained: bool, lora: recipe.Lora | None = None
     ) -> Backbone:
         compute = self.runtime.dtype(self.model.dtype)
-        trust = isinstance(self.model, recipe.Pretrained) and self.model.trust_remote_code
         revision = (
             self.model.revision if isinstance(self.model, recipe.Pretrained) and name == self.model.name else None
         )
         network = load_network(
-            name, kind, torch.float32 if trained else compute, self.seed, self.model.attention, revision, trust
+            name, kind, torch.float32 if trained else compute, self.seed, self.model.attention, revision, self._trust
         )
         return self._wrap(network, name, lora)
 

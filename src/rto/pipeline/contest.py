@@ -52,6 +52,7 @@ def evaluate(job: Job) -> str:
         views += credit[0]
         table |= credit[1]
         job.progress.update(number, {"score": sum(scores[name]) / len(scores[name])})
+        job.check_stop()
 
     views.sort(key=lambda view: view["policy"] != config.policy.method)  # the run's own method first
     found = contest.compare_policies(answers, scores, kls, prompts, settings, config.seed)
@@ -161,6 +162,8 @@ def _write_answers(
         lines = []
         for i, row in enumerate(asked):
             shown: dict[str, Any] = {"prompt": row.text, "answer": made.texts[i]}
+            if isinstance(row.prompt, list):
+                shown["conversation"] = row.prompt  # without the marks of a chat template
             shown |= {"finished": made.completions.finished[i].item(), "score": scores[name][i]}
             # Text does not always encode back to the sampled tokens; the ids let anyone repeat the numbers exactly.
             ids = made.completions.ids[i][made.completions.mask[i]].tolist()

@@ -118,8 +118,13 @@ class Job:
             write_json(self.folder / "stages.json", kept | {step.name: record})
             self.store(step.name).clear()
         self.runtime.wait()
-        if self.stop.wanted is not None:
-            raise Stopped(self.stop.wanted)
+        self.check_stop()
+
+    def check_stop(self) -> None:
+        """Raises Stopped when any process was asked to end; for work between two steps that is not saved in parts."""
+        said = [name for name in self.runtime.gather_all(self.stop.wanted) if name is not None]
+        if said:
+            raise Stopped(said[0])
 
     def changes(self, made_from: dict[str, Any], step: Step) -> list[str]:
         """What differs from what a stage was made from, but for the keys that were allowed to."""

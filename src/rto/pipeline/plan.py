@@ -89,7 +89,7 @@ def _stages(config: Config, rows: Rows, stages: Sequence[str]) -> list[str]:
             lines.append(
                 f"  rl/{name}: {iterations:,} iterations of {policy.rollouts:,} rollouts, {policy.updates} x "
                 f"{policy.rollouts // policy.batch} updates each, lr {policy.lr:g}; "
-                f"reward {listed} - {policy.kl.coef:g} (log pi - log pi_ref)"
+                f"reward {listed}, KL {policy.kl.coef:g} ({policy.kl.estimator}) in the {policy.kl.place}"
             )
     if "evaluate" in stages:
         if isinstance(config.evaluation.oracle, recipe.HeldoutOracle):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
@@ -38,19 +39,22 @@ class Window(NamedTuple):
 
 
 class Series:
-    """One metric of one stage: finite values only."""
+    """One metric of one stage: its steps and finite values."""
 
-    def __init__(self, points: list[tuple[int, float]]) -> None:
+    def __init__(self, points: Sequence[tuple[int, float]]) -> None:
         self.steps = [step for step, _ in points]
         self.values = [value for _, value in points]
         self.width = min(20, max(3, len(points) // 4))
-        ends = self.values[:20], self.values[-20:]
-        leaps = [b - a for part in ends for a, b in zip(part[:-1], part[1:], strict=True)]
-        # Of neighbours x and y with deviation s each, |y - x| has the median 0.954 s.
-        self.noise = median(map(abs, leaps)) / 0.954 if leaps else 0.0
 
     def __len__(self) -> int:
         return len(self.values)
+
+    @cached_property
+    def noise(self) -> float:
+        """Standard deviation of a value around its neighbours, from both ends of the stage."""
+        ends = self.values[:20], self.values[-20:]
+        leaps = [abs(b - a) for part in ends for a, b in zip(part[:-1], part[1:], strict=True)]
+        return median(leaps) / 0.954 if leaps else 0.0  # the median of |x - y| is 0.954 deviations
 
     def window(self, start: int, width: int) -> Window:
         stop = start + width
@@ -70,34 +74,36 @@ class Curves:
 
     def __init__(self, rows: Rows) -> None:
         self.rows = rows
-        self.names = list(dict.fromkeys(key for row in rows for key in row))
+        self.names = dict.fromkeys(key for row in rows for key in row)
+        self.known: dict[str, Series] = {}
 
     def get(self, name: str, least: int = 1) -> Series | None:
         """None: fewer than ``least`` finite values."""
-        return self._series([(row["step"], row.get(name)) for row in self.rows], least)
+        if name not in self.names:
+            return None
+        if name not in self.known:
+            found = [(row["step"], row.get(name)) for row in self.rows]
+            self.known[name] = Series([(s, v) for s, v in found if isinstance(v, (int, float)) and math.isfinite(v)])
+        series = self.known[name]
+        return series if len(series) >= least else None
 
     def reward(self, least: int) -> Series | None:
         """What the terms pay without the KL penalty and before scaling; without terms ``reward/total``."""
         terms = [name for name in self.names if name.startswith("reward/") and name not in NO_TERMS]
         if not terms:
             return self.get("reward/total", least)
-        sums = [(row["step"], [row.get(name) for name in terms]) for row in self.rows]
-        return self._series([(s, sum(parts) if all(map(_finite, parts)) else None) for s, parts in sums], least)
+        parts = [self.get(name, least) for name in terms]
+        first = parts[0]
+        if first is None or any(part is None or part.steps != first.steps for part in parts):
+            return None
+        values = zip(*(part.values for part in parts if part is not None), strict=True)
+        return Series(list(zip(first.steps, map(sum, values), strict=True)))
 
     def each(self, prefix: str) -> list[tuple[str, Series]]:
         """``prefix/<term>`` of every term but the KL penalty."""
         names = [name for name in self.names if name.startswith(f"{prefix}/") and name != f"{prefix}/kl"]
         found = [(name, self.get(name, LEAST)) for name in names]
         return [(name, series) for name, series in found if series is not None]
-
-    @staticmethod
-    def _series(points: list[tuple[int, Any]], least: int) -> Series | None:
-        finite = [(step, float(value)) for step, value in points if _finite(value)]
-        return Series(finite) if len(finite) >= least else None
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def rises(before: Window, after: Window, errors: float = 4.0) -> bool:

@@ -69,7 +69,8 @@ class HttpScorer:
         self.failures = 0
         self.last_failure: str | None = None
         self._headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        if token := os.environ.get(token_env, "").strip():
+        self._token = token = os.environ.get(token_env, "").strip()
+        if token:
             if not (token.isascii() and token.isprintable()):
                 raise ValueError(f"${token_env} has characters that no HTTP header can carry")
             self._headers["Authorization"] = f"Bearer {token}"
@@ -114,7 +115,7 @@ class HttpScorer:
         except urllib.error.HTTPError as error:
             with error:
                 if error.code in (408, 429) or error.code >= 500:
-                    raise Unavailable(f"status {error.code}", _asked_wait(error.headers)) from error
+                    raise Unavailable(f"status {error.code}", asked_wait(error.headers)) from error
                 raise ValueError(self._refusal(error)) from error
         except (OSError, http.client.HTTPException) as error:
             reason = error.reason if isinstance(error, urllib.error.URLError) else error
@@ -125,10 +126,12 @@ class HttpScorer:
         if error.code < 400:
             return f"{self.name} answers {error.code}: it has moved to {error.headers.get('Location')}; give that url"
         try:
-            said = error.read(4096).decode("utf-8", "replace")[:200]
+            said = error.read(4096).decode("utf-8", "replace")
         except (OSError, http.client.HTTPException):
             said = "(its reason could not be read)"
-        return f"{self.name} refuses the request with status {error.code}: {said}"
+        if self._token:  # a server may repeat what it was sent
+            said = said.replace(self._token, "***")
+        return f"{self.name} refuses the request with status {error.code}: {said[:200]}"
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -167,7 +170,7 @@ def _rewards(reply: bytes, lengths: list[int]) -> Float[Tensor, "b t"]:
         raise Unavailable(str(error)) from error
 
 
-def _asked_wait(headers: Any) -> float:
+def asked_wait(headers: Any) -> float:
     """Retry-After in seconds, as a number or a date; 0 where there is none."""
     text = headers.get("Retry-After") or "0"
     try:
