@@ -111,8 +111,9 @@ def answers_of(config: recipe.Config) -> tuple[Any, list[PromptRow]]:
     rows = make_rows(config, make_tokenizer(config, None))
     pairs = rows.pairs[:6]
     ids = [pair.chosen for pair in pairs]
-    ids[1], ids[2] = ids[1][:-1], [rows.encoder.end]
-    finished = [True, False, True, True, True, True]
+    finished = [pair.chosen_finished for pair in pairs]
+    ids[1], finished[1] = [i for i in ids[1] if i != rows.encoder.end], False
+    ids[2], finished[2] = [rows.encoder.end], True
     c = collate_completions([pair.prompt for pair in pairs], ids, finished, rows.encoder.pad)
     return c, [PromptRow(pair.row, pair.prompt_text, pair.prompt) for pair in pairs]
 
@@ -185,7 +186,7 @@ def test_what_is_too_long_is_refused_and_nothing_is_nothing(run):
 def test_a_scorer_that_is_not_there_is_named(run):
     with pytest.raises(ValueError, match="no scorer 'reward/peices', did you mean reward/pieces"):
         RunScorer(run, "reward/peices")
-    with pytest.raises(ValueError, match="stage reward is not finished"):
+    with pytest.raises(ValueError, match="is not finished: do `rto"):
         RunScorer(run.model_copy(update={"output": run.output + "-none"}))
 
 
@@ -339,18 +340,25 @@ def test_the_command_serves_until_it_is_told_to_end(run, ending):
     environment = {key: value for key, value in os.environ.items() if key != "RTO_SCORER_TOKEN"}
     environment |= {"PYTHONPATH": str(SRC), "TRANSFORMERS_VERBOSITY": "error"}
     call = [sys.executable, "-c", words, run.output]
-    with subprocess.Popen(call, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and process.stderr is not None
+    process = subprocess.Popen(call, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stderr is not None
+    try:
         url = process.stdout.readline().strip()
         assert url.startswith("http://127.0.0.1:")
-        token = process.stderr.readline().partition("RTO_SCORER_TOKEN=")[2].split()[0]
+        told = next(line for line in process.stderr if "RTO_SCORER_TOKEN=" in line)
+        token = told.partition("RTO_SCORER_TOKEN=")[2].split()[0]
         assert len(token) > 40
         request = urllib.request.Request(url + "health", headers={"Authorization": f"Bearer {token}"})
         with urllib.request.urlopen(request, timeout=10) as reply:
             assert json.loads(reply.read()) == {"status": "ok"}
         process.send_signal(ending)
-        rest = process.stderr.read()
-        assert process.wait(10) == 0
+        _, rest = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        process.stderr.close()
+    assert process.returncode == 0
     assert token not in rest and "ended" in rest and "Traceback" not in rest
 
 

@@ -130,16 +130,16 @@ class _Handler(BaseHTTPRequestHandler):
             page = pages.get(urllib.parse.urlsplit(self.path).path)
             if page is None:
                 raise Refused("there is POST / and GET /health", 404)
-            found, status = page(), 200
+            body, status = _json(page()), 200
         except Refused as refusal:
-            found, status = {"error": str(refusal)}, refusal.status
+            body, status = _json({"error": str(refusal)}), refusal.status
         except (TimeoutError, ConnectionError):
             self.close_connection = True
             return
         except Exception as error:  # whatever it is, the client learns no more than that, and the owner all
             say(f"a request failed: {type(error).__name__}: {error}")
-            found, status = {"error": "the scorer failed; its own log says why"}, 500
-        self._send(status, found)
+            body, status = _json({"error": "the scorer failed; its own log says why"}), 500
+        self._send(status, body)
 
     def _score(self) -> dict[str, Any]:
         prompts, answers, tokens = parse(self._body())
@@ -161,8 +161,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise ConnectionError
         return body
 
-    def _send(self, status: int, said: dict[str, Any]) -> None:
-        body = json.dumps(said, allow_nan=False).encode()
+    def _send(self, status: int, body: bytes) -> None:
         self.connection.settimeout(self.server.patience)
         self.send_response(status)
         for name, value in (("Content-Type", "application/json"), ("Content-Length", str(len(body)))):
@@ -191,7 +190,7 @@ class _Handler(BaseHTTPRequestHandler):
         """What the base class refuses (no HTTP, an unknown method), as JSON and in words of ours."""
         self.close_connection = True
         self.command = self.command or ""
-        self._send(code, {"error": "not a request that this server knows"})
+        self._send(code, _json({"error": "not a request that this server knows"}))
 
     def log_message(self, format: str, *args: Any) -> None:
         """No line a request: addresses and headers are nobody's business."""
@@ -238,6 +237,11 @@ def parse(body: bytes) -> tuple[list[str], list[str], list[list[str]]]:
     except UnicodeEncodeError:
         raise Refused("a text has half a character in it (a lone surrogate)") from None
     return prompts, answers, tokens
+
+
+def _json(said: dict[str, Any]) -> bytes:
+    """Raises ValueError for NaN and infinity, which JSON has not."""
+    return json.dumps(said, allow_nan=False).encode()
 
 
 def _parts(asked: Any) -> tuple[Any, Any, Any]:
