@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 from rto import recipe
 from rto.cli import main
 from rto.data.rows import make_tokenizer
-from rto.models.load import is_classifier, load_network, load_tokenizer
+from rto.models.load import is_classifier, load_network, load_tokenizer, refuse_pickles
 from rto.report.html import write_report
 from rto.report.log import RunLog
 from rto.rollouts.http import HttpScorer
@@ -52,6 +52,7 @@ HOSTILE = [
     "\x00\x08\x7f",
     "\ud83d",
 ]
+PRINTABLE = 9  # so many of them, the first, have no control characters
 
 
 class Page(HTMLParser):
@@ -75,19 +76,20 @@ def shape_of(page: Page) -> list[tuple[str, tuple[str, ...]]]:
     return [(tag, tuple(attributes)) for tag, attributes in page.tags]
 
 
-def report_of(folder: Path, text: str) -> Page:
-    """The page of a run in which every name, prompt, answer and token is this text."""
+def report_of(folder: Path, text: str, name: str = "word") -> Page:
+    """The page of a run in which every prompt, answer, token and score is this text, and every policy and term has
+    this name, which matplotlib draws: no control characters there."""
     folder.mkdir()
     log = RunLog(folder)
-    log.metrics(f"rl/{text}", 1, {"reward/total": 1.0, f"reward/{text}": 1.0, "kl": 0.5, "length": 3.0})
-    log.metrics("prefer/" + text.replace("/", "_"), 1, {"loss": 1.0})
-    log.sample(f"rl/{text}", 1, {"prompt": text, "answer": text, "score": text})
-    pair = {"a": text, "b": "ppo", "win_rate": 0.5, "win_low": 0.4, "win_high": 0.6, "difference": 0.0, "p": 1.0}
+    log.metrics(f"rl/{name}", 1, {"reward/total": 1.0, f"reward/{name}": 1.0, "kl": 0.5, "length": 3.0})
+    log.metrics("prefer/" + name.replace("/", "_"), 1, {"loss": 1.0})
+    log.sample(f"rl/{name}", 1, {"prompt": text, "answer": text, "score": text})
+    pair = {"a": name, "b": "ppo", "win_rate": 0.5, "win_low": 0.4, "win_high": 0.6, "difference": 0.0, "p": 1.0}
     pair |= {"difference_low": 0.0, "difference_high": 0.0, "wins": 1, "ties": 0, "losses": 1, "n": 2, "missing": 0}
     square = [[None, 0.5], [0.5, None]]
     comparison = {
-        "names": [text, "ppo"],
-        "policies": {name: {"score": 1.0, "low": 0.0, "high": 2.0, "length": 3.0} for name in (text, "ppo")},
+        "names": [name, "ppo"],
+        "policies": {one: {"score": 1.0, "low": 0.0, "high": 2.0, "length": 3.0} for one in (name, "ppo")},
         "matrix": square,
         "matrix_low": square,
         "matrix_high": square,
@@ -97,7 +99,7 @@ def report_of(folder: Path, text: str) -> Page:
     files = {
         "config": {
             "model": {"name": text},
-            "policy": {"method": text},
+            "policy": {"method": name},
             "data": {"pairs": text},
             "baselines": {text: {}},
         },
@@ -110,8 +112,8 @@ def report_of(folder: Path, text: str) -> Page:
         },
         "credit": {"methods": {text: {"auc": 0.5}}, "answers": [answer]},
     }
-    for name, content in files.items():
-        (folder / f"{name}.json").write_text(json.dumps(content))
+    for file, content in files.items():
+        (folder / f"{file}.json").write_text(json.dumps(content))
     return Page(write_report(folder).read_text(encoding="utf-8"))
 
 
@@ -122,7 +124,7 @@ def harmless(tmp_path_factory) -> Page:
 
 def test_no_text_changes_the_markup_of_the_page(tmp_path, harmless):
     """All hostile texts in one, and the tags and attributes are those of the page of a harmless word."""
-    page = report_of(tmp_path / "run", " ".join(HOSTILE))
+    page = report_of(tmp_path / "run", " ".join(HOSTILE), " ".join(HOSTILE[:PRINTABLE]))
     drawn = {
         "path",
         "use",
@@ -152,7 +154,8 @@ def test_hostile_text_is_shown_as_it_is(tmp_path):
 
 
 def test_tokens_show_control_characters_and_stay_apart(tmp_path):
-    page = (report_of(tmp_path / "run", "\x1b[31m\u202e"), (tmp_path / "run" / "report.html").read_text())[1]
+    report_of(tmp_path / "run", "\x1b[31m\u202e")
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     token = next(re.finditer(r'<span class="t"[^>]*>([^<]*)</span>', page))[1]
     assert token.startswith("\u241b[31m")
     for name in ("t", "text", "tokens"):  # direction marks end with their element
@@ -179,6 +182,15 @@ def test_pickled_weights_are_refused_with_a_remedy(tmp_path, kind, made):
         load_network(str(tmp_path), kind, torch.float32, 0)
     assert str(tmp_path) in str(refusal.value) and "pickle" in str(refusal.value)
     assert "save_pretrained" in str(refusal.value)
+
+
+def test_a_pickled_adapter_is_refused_too(tmp_path):
+    (tmp_path / "adapter_model.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"adapter_model\.bin, a pickle"):
+        refuse_pickles(tmp_path)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    refuse_pickles(tmp_path)  # the other file is not read
+    refuse_pickles("owner/name-on-the-hub")
 
 
 CODE = """
@@ -268,7 +280,7 @@ def test_secrets_of_the_environment_stay_there(tmp_path, monkeypatch):
     assert {"config.json", "metrics.jsonl", "report.html"} <= {path.name for path in written}
     everything = said.getvalue() + "".join(path.read_text(errors="replace") for path in written)
     assert not [name for name, secret in SECRETS.items() if secret in everything]
-    assert "127.0.0.1:9" in said.getvalue() and "of-the-query" not in said.getvalue()
+    assert "no reward" in said.getvalue() and "of-the-query" not in said.getvalue()
 
 
 class Parrot(BaseHTTPRequestHandler):

@@ -15,11 +15,8 @@ from rto.commands import alpaca as command
 from rto.evaluation.alpaca import BASELINE, length_controlled, win_rates
 from rto.evaluation.alpaca_files import (
     LEADERBOARD,
-    model_outputs,
     read_annotations,
     read_difficulty,
-    read_reference,
-    write_json,
     write_leaderboard,
 )
 
@@ -174,33 +171,6 @@ def test_a_bad_difficulty_file_is_refused(tmp_path, old, new, message):
 
 
 # --- out ----------------------------------------------------------------------------------------------
-
-
-def test_model_outputs_keep_the_order_of_the_reference(tmp_path):
-    answers = {f"Task {number}": f" answer {number}\n" for number in reversed(range(3))}
-    rows = model_outputs(answers, "mine", read_reference(reference(tmp_path, 3)))
-    assert rows[1] == {"dataset": "koala", "generator": "mine", "instruction": "Task 1", "output": "answer 1"}
-    write_json(tmp_path / "model_outputs.json", rows)
-    assert [row["output"] for row in json.loads((tmp_path / "model_outputs.json").read_text())] == [
-        "answer 0",
-        "answer 1",
-        "answer 2",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"Task 1": None, "Task 2": None}, "2 instructions have no answer, the first is 'Task 1'"),
-        ({"task 1": "x"}, "1 instructions are not in the reference, the first is 'task 1'"),
-        ({"Task 2": " \n"}, "1 instructions have an empty answer, the first is 'Task 2'"),
-    ],
-)
-def test_outputs_that_would_silently_shrink_the_set_are_refused(tmp_path, change, message):
-    answers = {f"Task {number}": "x" for number in range(3)} | change
-    answers = {key: value for key, value in answers.items() if value is not None}
-    with pytest.raises(ValueError, match=message):
-        model_outputs(answers, "mine", read_reference(reference(tmp_path, 3)))
 
 
 def test_the_leaderboard_has_the_official_columns(tmp_path):

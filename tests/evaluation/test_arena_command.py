@@ -68,7 +68,7 @@ def test_a_model_in_a_pool(tmp_path, capsys):
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["pool"]["size"] == 11 and list(report["models"]) == ["m3"]
     assert not [note for note in report["notes"] if note.startswith("warning")]
-    assert "m3: left out of the pool" in said and "Pool: 11 models" in said
+    assert "m3: its judgments in the pool are left out" in said and "Pool: 11 models" in said
     model = report["models"]["m3"]
     rows = score_rows(read_judgments(mine, "current"), "current")
     assert model["win_rate"]["estimate"] == pytest.approx(100 * rows.score.mean())

@@ -174,12 +174,12 @@ def test_what_was_made_otherwise_is_refused(trained, tmp_path):
     ):
         with pytest.raises(ValueError, match=f"made otherwise .{said}.*choose another --out"):
             write(trained, "arena", out, questions, **changed)
-    with pytest.raises(ValueError, match="format was 'arena' and is 'alpaca'"):
-        write(trained, "alpaca", out, ask(tmp_path, "alpaca"))
     with pytest.raises(ValueError, match="made otherwise .questions was"):
         edited = tmp_path / "edited.jsonl"
         edited.write_text(Path(questions).read_text().replace("Sort.", "Sort it."))
         write(trained, "arena", out, str(edited))
+    with pytest.raises(ValueError, match="format was 'arena' and is 'alpaca'"):
+        write(trained, "alpaca", out, ask(tmp_path, "alpaca"))
     (tmp_path / "theirs").write_text('{"uid": "u1"}\n')
     with pytest.raises(ValueError, match="was not written by `rto generate --format`"):
         write(trained, "arena", tmp_path / "theirs", ask(tmp_path, "arena"))

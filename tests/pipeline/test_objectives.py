@@ -135,7 +135,7 @@ def test_a_normaliser_of_another_scorer_is_refused(many, tmp_path, said):
 
 
 def test_a_scorer_with_another_tokenizer_pays_tokens(files_recipe, tiny_model, pairs_file, tmp_path, said):
-    """A finished token scorer whose ids mean other characters: fitted, read by character spans, and its share logged."""
+    """A finished token scorer whose ids mean other characters: fitted, read by character spans, its share logged."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
     scorer, run = tmp_path / "scorer", tmp_path / "run"

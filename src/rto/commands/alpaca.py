@@ -9,11 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-HELP = "AlpacaEval 2 from annotations: win rate, and the length-controlled one with the official difficulty file"
+HELP = "AlpacaEval 2 from annotations, or from a judge: win rate, and with the official difficulty file the LC one"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("annotations", help="the official annotations.json, or a CSV of numbers alone")
+    parser.add_argument("annotations", nargs="?", help="the official annotations.json, or a CSV of numbers alone")
     parser.add_argument("--difficulty", help="df_gamed.csv; without it there is no length-controlled win rate")
     parser.add_argument("--reference", help="the baseline's outputs (JSON), which number the instructions")
     parser.add_argument("--name", help="the evaluated model (generator_2); default: as the file says")
@@ -22,6 +22,14 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--bootstrap", type=int, default=200, help="rounds of the bootstrap error; default: 200, 0: none"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap; default: 0")
+    asking = parser.add_argument_group("instead of ANNOTATIONS, ask a judge (with --reference and --out)")
+    asking.add_argument("--outputs", help="the model's outputs: model_outputs.json, or answers of rto generate")
+    asking.add_argument("--model", help="the judge, as the endpoint calls it")
+    asking.add_argument("--base-url", help="default: $OPENAI_BASE_URL, else OpenAI")
+    asking.add_argument("--key-env", default="OPENAI_API_KEY", help="variable with the key; default: OPENAI_API_KEY")
+    asking.add_argument("--concurrency", type=int, default=8, help="questions at a time; default: 8")
+    asking.add_argument("--per-minute", type=int, help="at most so many requests a minute; default: no limit")
+    asking.add_argument("--quiet", action="store_true", help="no progress")
 
 
 def run(known: argparse.Namespace) -> int:
@@ -30,8 +38,11 @@ def run(known: argparse.Namespace) -> int:
 
     if known.bootstrap < 0 or known.bootstrap == 1:
         raise ValueError(f"--bootstrap {known.bootstrap}: write 0 for none, or two or more rounds")
-    annotations = alpaca_files.read_annotations(known.annotations, known.name, known.reference)
-    name = annotations.name or Path(known.annotations).stem
+    if bool(known.annotations) == bool(known.outputs):
+        raise ValueError("give annotations, or --outputs FILE --reference FILE --model JUDGE --out FOLDER to make them")
+    path = _ask(known) if known.outputs else known.annotations
+    annotations = alpaca_files.read_annotations(path, known.name, known.reference)
+    name = annotations.name or Path(path).stem
     raw = alpaca.win_rates(annotations)
     report: dict[str, Any] = {
         "name": name,
@@ -82,3 +93,36 @@ def run(known: argparse.Namespace) -> int:
         alpaca_files.write_leaderboard(folder / "leaderboard.csv", {name: (raw, lc)})
         print(f"  {'written':<20} {folder / 'report.json'}, {folder / 'leaderboard.csv'}")
     return 0
+
+
+def _ask(known: argparse.Namespace) -> str:
+    """Have every instruction judged; the path of the annotations."""
+    from rto.evaluation import alpaca, alpaca_files
+    from rto.evaluation.alpaca_judge import annotate
+    from rto.evaluation.answers import read_answers
+    from rto.evaluation.endpoint import Endpoint
+    from rto.report.log import Progress
+
+    for flag in ("reference", "model", "out"):
+        if not getattr(known, flag):
+            raise ValueError(f"--outputs asks a judge, which needs --{flag} too")
+    endpoint = Endpoint(
+        known.model,
+        known.base_url,
+        known.key_env,
+        temperature=alpaca.JUDGE_SAMPLING["temperature"],
+        max_tokens=int(alpaca.JUDGE_SAMPLING["max_tokens"]),
+        top_logprobs=int(alpaca.JUDGE_SAMPLING["top_logprobs"]),
+        concurrency=known.concurrency,
+        per_minute=known.per_minute,
+    )
+    folder = Path(known.out)
+    model, baseline = read_answers(known.outputs), read_answers(known.reference)
+    with Progress(enabled=not known.quiet) as progress:
+        progress.start("alpaca", len(baseline))
+        rows = annotate(model, baseline, endpoint, folder, lambda done, _: progress.update(done, {}))
+    alpaca_files.write_json(folder / "annotations.json", rows)
+    failed = sum(row.get("error") is not None for row in rows)
+    if failed:
+        print(f"rto alpaca: {failed} of {len(rows)} judgments failed: the same command asks for them again")
+    return str(folder / "annotations.json")

@@ -192,8 +192,8 @@ def _pool(known: argparse.Namespace, judgments: list[Judgment], notes: list[str]
     found = [j for file in files for j in arena_files.read_judgments(file, known.scoring, known.baseline)]
     found = [j for j in found if j.baseline == baseline]
     for names, why in (
-        ({j.model for j in found if j.model in mine}, "left out of the pool, its judgments are given"),
-        ({j.model for j in found if j.model == judge} - mine, "left out of the pool, it is the judge"),
+        ({j.model for j in found if j.model in mine}, "its judgments in the pool are left out, the given ones count"),
+        ({j.model for j in found if j.model == judge} - mine, "is the judge: its judgments are left out"),
     ):
         notes += [f"{name}: {why}" for name in sorted(names)]
     found = [j for j in found if j.model not in mine | {judge}]

@@ -185,7 +185,7 @@ def _read(
 ) -> Loaded[Made]:
     loaded: Loaded[Made] = Loaded(name, [])
     known, first = recognised is None, None
-    for row, record in _records(name, config.split, key):
+    for row, record in records(name, config.split, key):
         try:
             if isinstance(record, BadRow):
                 raise record
@@ -227,7 +227,7 @@ def _complaint(key: str, loaded: Loaded[Any]) -> str:
 # --- reading -------------------------------------------------------------------------------------------
 
 
-def _records(name: str, split: str, key: str) -> Iterator[tuple[int, Any]]:
+def records(name: str, split: str, key: str) -> Iterator[tuple[int, Any]]:
     """Numbered records of a file or a hub data set; a line that cannot be parsed comes as a :class:`BadRow`."""
     path = Path(name).expanduser()
     extension = next((known for known in EXTENSIONS if name.lower().endswith((known, known + ".gz"))), None)

@@ -1,4 +1,4 @@
-"""Files of AlpacaEval 2: annotations and difficulties in, ``model_outputs.json`` and ``leaderboard.csv`` out.
+"""Files of AlpacaEval 2: annotations and difficulties in, ``leaderboard.csv`` out.
 
 The official convention everywhere: ``output_1`` and ``generator_1`` are the baseline, ``output_2`` and ``generator_2``
 the evaluated model, preference 1 means that the baseline wins, 2 that the model does; an old 0 means 1.5.
@@ -139,40 +139,6 @@ def _numbers(path: Path, name: str | None) -> Annotations:
 
 
 # --- out ----------------------------------------------------------------------------------------------
-
-
-def model_outputs(
-    answers: Mapping[str, str], generator: str, reference: Sequence[Mapping[str, str]]
-) -> list[dict[str, str]]:
-    """Rows of ``model_outputs.json`` in the order of the ``reference`` (:func:`read_reference`).
-
-    ``answers``: by instruction, in exactly the reference's words, which the official package joins on.
-
-    Raises:
-        ValueError: instructions without an answer, unknown instructions or empty answers, with their number.
-    """
-    instructions = [row["instruction"] for row in reference]
-    known = set(instructions)
-    for what, remedy, found in (
-        ("have no answer", "answer them all", [text for text in instructions if text not in answers]),
-        ("are not in the reference", "keep its text to the letter", [text for text in answers if text not in known]),
-        (
-            "have an empty answer",
-            "generate again, the official package drops them silently",
-            [text for text in instructions if text in answers and not answers[text].strip()],
-        ),
-    ):
-        if found:
-            raise ValueError(f"{len(found)} instructions {what}, the first is {found[0][:80]!r}: {remedy}")
-    return [
-        {
-            "dataset": row["dataset"],
-            "generator": generator,
-            "instruction": row["instruction"],
-            "output": answers[row["instruction"]].strip(),
-        }
-        for row in reference
-    ]
 
 
 def write_json(path: str | Path, value: Any) -> None:

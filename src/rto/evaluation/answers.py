@@ -33,8 +33,9 @@ def read_answers(path: Path | str) -> list[Answer]:
     """One answer a prompt, in the order of the file, all of one model.
 
     A row has ``prompt`` (text, or chat messages) and ``answer``, as our answers files, or ``instruction`` and
-    ``output``, as AlpacaEval's. A ``conversation`` goes before a ``prompt``, which has the marks of a template. The model is the row's ``policy``, ``model`` or ``generator``, else the file's name
-    less ``answers-``. The file is JSONL or one JSON array.
+    ``output``, as AlpacaEval's. A ``conversation`` goes before a ``prompt``, which has the marks of a template. The
+    model is the row's ``policy``, ``model`` or ``generator``, else the file's name less ``answers-``. The file is JSONL
+    or one JSON array.
 
     Raises:
         ValueError: no such file; a row lacks text; prompts asked more than once; several models; no rows.

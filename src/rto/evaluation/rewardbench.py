@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rto.data.layouts import BadRow, Prompt, pair
-from rto.data.sources import Loaded, RejectedRow, TextPair, _records
+from rto.data.sources import Loaded, RejectedRow, TextPair, records
 from rto.evaluation.formats import read_records
 from rto.evaluation.winrate import Interval, wilson, without_nan
 
@@ -103,7 +103,7 @@ def read_pairs(path: str, chat: bool) -> tuple[Loaded[TextPair], list[str]]:
     """
     loaded: Loaded[TextPair] = Loaded(path, [])
     subsets = []
-    for number, record in _records(path, "train", "pairs"):
+    for number, record in records(path, "train", "pairs"):
         try:
             if isinstance(record, BadRow):
                 raise record

@@ -112,7 +112,7 @@ def write_answers(
         "format": format,
         "model": model or name,
         "policy": name,
-        "questions": hashlib.sha256(Path(questions).expanduser().read_bytes()).hexdigest(),
+        "questions": hashlib.sha256(Path(questions).expanduser().read_bytes()).hexdigest()[:16],
         "weights": fingerprint(place) if Path(place).is_dir() else place,
         "temperature": "by category" if format == "mtbench" else settings.temperature,
         "top_p": settings.top_p,
