@@ -103,9 +103,9 @@ def test_bootstrap_of_missing_differences():
 
 def test_bootstrap_of_ten_thousand_prompts_is_fast():
     values = np.random.default_rng(3).normal(size=10_000)
-    start = time.perf_counter()
+    start = time.process_time()
     paired_bootstrap(values, 10_000, 0)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_bootstrap_covers_the_truth():

@@ -11,6 +11,7 @@ from rto.batch import Completions, Signals
 from rto.data.chat import PromptRow
 from rto.data.worlds import token_rewards
 from rto.evaluation import policies as contest
+from rto.evaluation.runs import used_in_training
 from rto.models.checkpoint import read_notes
 from rto.models.load import load_tokenizer, same_vocabulary
 from rto.models.role import Role
@@ -57,8 +58,10 @@ def evaluate(job: Job) -> str:
     views.sort(key=lambda view: view["policy"] != config.policy.method)  # the run's own method first
     found = contest.compare_policies(answers, scores, kls, prompts, settings, config.seed)
     if job.runtime.main:
-        _write_answers(job, asked, answers, scores)
-        write_json(job.folder / "evaluation.json", found | {"oracle": description, "accuracy": _accuracies(job)})
+        _write_answers(job, asked, answers, scores, kls)
+        flagged = used_in_training(config.model_dump(mode="json"), settings.oracle.model_dump(mode="json"))
+        said = {"oracle": description, "oracle_used_in_training": flagged, "accuracy": _accuracies(job)}
+        write_json(job.folder / "evaluation.json", found | said)
         write_json(job.folder / "credit.json", {"methods": table if truth is not None else None, "answers": views})
     return "evaluation"
 
@@ -154,7 +157,11 @@ def _accuracies(job: Job) -> dict[str, float | None]:
 
 
 def _write_answers(
-    job: Job, asked: Sequence[PromptRow], answers: dict[str, contest.Answers], scores: dict[str, Any]
+    job: Job,
+    asked: Sequence[PromptRow],
+    answers: dict[str, contest.Answers],
+    scores: dict[str, Any],
+    kls: dict[str, list[float]],
 ) -> None:
     folder = job.folder / "evaluation"
     folder.mkdir(exist_ok=True)
@@ -164,7 +171,7 @@ def _write_answers(
             shown: dict[str, Any] = {"prompt": row.text, "answer": made.texts[i]}
             if isinstance(row.prompt, list):
                 shown["conversation"] = row.prompt  # without the marks of a chat template
-            shown |= {"finished": made.completions.finished[i].item(), "score": scores[name][i]}
+            shown |= {"finished": made.completions.finished[i].item(), "score": scores[name][i], "kl": kls[name][i]}
             # Text does not always encode back to the sampled tokens; the ids let anyone repeat the numbers exactly.
             ids = made.completions.ids[i][made.completions.mask[i]].tolist()
             lines.append(json.dumps(shown | {"prompt_ids": row.ids, "answer_ids": ids}, ensure_ascii=False))

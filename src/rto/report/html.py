@@ -180,6 +180,7 @@ def _evaluation(found: dict[str, Any], method: str | None) -> dict[str, Any]:
     samples = found.get("samples") or []
     return {
         "oracle": found.get("oracle"),
+        "used": found.get("oracle_used_in_training"),
         "names": names,
         "policies": comparison["policies"],
         "matrix": Markup(plots.svg(figure, "wins", "Win rate of every policy against every other one")),
