@@ -23,7 +23,8 @@ from rto.models.saver import Saver
 from rto.models.store import Store
 from rto.models.workshop import Workshop
 from rto.pipeline.stop import Stop, Stopped
-from rto.report.log import Progress, RunLog
+from rto.report.log import Progress
+from rto.report.watch import WatchedLog
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -92,7 +93,7 @@ class Job:
             write_json(self.folder / "config.json", resolved)
         self.started = True
         self.runtime.start_trackers("rto", resolved)
-        self.log = RunLog(self.folder) if self.runtime.main else _Nothing()
+        self.log = WatchedLog(self.folder, self.progress.say) if self.runtime.main else _Nothing()
 
     def do(self, step: Step) -> None:
         """Do a step unless it is done."""

@@ -34,8 +34,12 @@ def reward_metrics(
         metrics[f"reward_share/{name}"] = part.abs().sum().item() / mass if mass else 0.0
         metrics[f"reward_length_correlation/{name}"] = _correlation(sums, lengths)
         if named.get(name, {}).get("clip") is not None:
-            free = rewards.evaluate(named[name], signals, clip=None)
-            metrics[f"reward_clip_share/{name}"] = (free != part).sum().item() / max(1, int((free != 0).sum()))
+            # By token, before a term moves its rewards to the end of a sentence or of the answer.
+            term = named[name]
+            if term["type"] in ("implicit", "shaped"):
+                term = {"type": "implicit", "scale": term["scale"], "clip": term["clip"]}
+            held, free = rewards.evaluate(term, signals), rewards.evaluate(term, signals, clip=None)
+            metrics[f"reward_clip_share/{name}"] = (free != held).sum().item() / max(1, int((free != 0).sum()))
     return metrics
 
 
