@@ -23,7 +23,7 @@ VERBS = {
 }
 RESUME = "go on with a run that was cut: the same as `rto run` on its folder"
 # Verbs with a module of their own, rto.commands.NAME with HELP, add(parser) and run(known).
-COMMANDS = ("compare", "judge", "alpaca", "arena", "mtbench", "rewardbench", "doctor", "serve-scorer")
+COMMANDS = ("compare", "judge", "alpaca", "arena", "mtbench", "rewardbench", "doctor", "resume-check", "serve-scorer")
 GENERATE = "answers of a policy of a run"
 FLAGS = ("--dry-run", "--quiet", "--fit-normaliser", "--help")  # every other --word of a stage is a key of the recipe
 
