@@ -63,7 +63,7 @@ def test_absent_signals_stay_absent(example):
     zeros = torch.zeros(2, 4)
     signals = Signals(mask=example.mask, finished=example.finished, logprobs=zeros, reference=zeros)
     chosen = signals.rows(torch.tensor([0])).to("cpu")
-    assert chosen.guide is None and chosen.scores is None and chosen.values is None
+    assert chosen.guide is None and chosen.scores is None and chosen.segments is None
     assert chosen.logprobs.shape == (1, 4)
 
 

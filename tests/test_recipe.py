@@ -148,7 +148,7 @@ def test_missing_tables_are_named():
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"polcy": {}}, "my.toml: unknown key polcy, did you mean policy?; valid: baselines, data,"),
+        ({"polcy": {}}, "my.toml: unknown key polcy, did you mean policy?; valid: baselines, checkpoints, data,"),
         (
             {"policy": {"lrr": 1}},
             "my.toml: unknown key policy.lrr, did you mean lr?; valid: advantage, advantage_clip,",

@@ -82,7 +82,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(world_recipe, here):
     ]
     assert sections["stages"][0] == "sft: 3 steps of 16 rows, lr 0.01"
     assert "2 iterations of 8 rollouts, 1 x 2 updates each" in sections["stages"][4]
-    assert "implicit(scale 0.05, clip 0.05) + terminal(scale 1, clip 10) - 0.02 (log pi" in sections["stages"][4]
+    assert "implicit(scale 0.05, clip 0.05) + terminal(scale 1, clip 10), KL 0.02 (k1) in the" in sections["stages"][4]
     assert "GiB of weights, gradients and optimiser state" in sections["weights"][-1]
 
 
@@ -140,7 +140,7 @@ def test_values_are_toml_or_text(world_recipe):
     [
         (
             "rnu {}",
-            "unknown verb 'rnu', did you mean run?; known: run, sft, prefer, reward, rl, evaluate, report, generate",
+            "unknown verb 'rnu', did you mean run?; known: run, sft, prefer, reward, rl, evaluate, report, resume, ",
         ),
         ("run", "the following arguments are required: recipe; see rto run --help"),
         ("generate", "the following arguments are required: run; see rto generate --help"),

@@ -15,11 +15,11 @@ RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
 def test_a_recipe_resolves(path):
-    config = recipe.load(path, [("data.pairs", "mine.jsonl")] if path.stem == "smollm2-hh" else [])
+    config = recipe.load(path, [("data.pairs", "mine.jsonl")] if path.stem.startswith("smollm2") else [])
     resolved = resolve(config)
     assert recipe.build(json.loads(resolved.model_dump_json())) == resolved  # a run folder reads as its recipe
     assert [step.name for step in steps_of(resolved, resolved.stages)]
-    assert "rl" in resolved.stages and "ppo" in resolved.policies()
+    assert "rl" in resolved.stages and resolved.policies()
 
 
 def test_rto_on_llama_3_has_the_published_values():

