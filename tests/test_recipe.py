@@ -241,7 +241,7 @@ def test_an_unknown_type_lists_the_known_ones(changes, line):
         ({"policy": {"method": "custom"}}, "policy: a list of rewards goes with method = 'custom', and only with it"),
         ({"policy": {"rewards": [{"type": "terminal"}]}}, "policy: a list of rewards goes with method = 'custom'"),
         ({"evaluation": {"oracle": {"type": "world"}}}, "recipe: evaluation.oracle.type = 'world' goes with data.type"),
-        ({"data": {"type": "world"}}, "recipe: evaluation.oracle.type = 'world' goes with data.type = 'world', and"),
+        ({"data": {"type": "world"}}, "recipe: data.type = 'world' has no pairs for an oracle"),
         ({"data": {}}, "recipe: data.pairs is missing: name a file or a data set, for example --data.pairs"),
         ({"baselines": {"rto": {"lr": 1.0}}}, "baselines.rto has the name of policy.method: give it another name"),
         ({"baselines": {"a": {"batch": 100}}}, "in [baselines.a]: recipe: rollouts = 1024 is not a multiple of batch"),

@@ -287,10 +287,29 @@ class ModelOracle(Section):
     name: str
 
 
+class FunctionOracle(Section):
+    """A Python function of yours, as in the reward term ``function``: an answer's score, or one a token (summed)."""
+
+    type: Literal["function"]
+    function: str
+
+
+class HttpOracle(Section):
+    """A server, as in the reward term ``http``."""
+
+    type: Literal["http"]
+    url: str
+    timeout: float = Field(30.0, gt=0)
+    retries: int = Field(3, ge=0)
+    batch: int = Field(32, ge=1)
+
+
 Oracle = Annotated[
     Annotated[WorldOracle, Tag("world")]
     | Annotated[HeldoutOracle, Tag("heldout")]
-    | Annotated[ModelOracle, Tag("model")],
+    | Annotated[ModelOracle, Tag("model")]
+    | Annotated[FunctionOracle, Tag("function")]
+    | Annotated[HttpOracle, Tag("http")],
     _tag("heldout"),
 ]
 
@@ -343,8 +362,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _together(self):
-        if (self.evaluation.oracle.type == "world") != (self.data.type == "world"):
-            raise ValueError("evaluation.oracle.type = 'world' goes with data.type = 'world', and only with it")
+        if (self.evaluation.oracle.type == "world") > (self.data.type == "world"):
+            raise ValueError("evaluation.oracle.type = 'world' goes with data.type = 'world' only")
+        if self.evaluation.oracle.type == "heldout" and self.data.type == "world":
+            raise ValueError("data.type = 'world' has no pairs for an oracle: set evaluation.oracle.type = 'world'")
         if self.data.type == "files" and self.data.pairs is None and set(self.stages) & {"prefer", "reward"}:
             raise ValueError("data.pairs is missing: name a file or a data set, for example --data.pairs prefs.jsonl")
         return self

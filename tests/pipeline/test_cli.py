@@ -201,7 +201,7 @@ def test_help_is_no_mistake(words, capsys):
         (["--policy.rewards", "[]"], "a list of rewards goes with method = 'custom', and only with it"),
         (["--policy.method=custom", "--policy.rewards", "[{type='implict'}]"], "policy.rewards[0].type = 'implict' is"),
         (["--device", "gpu"], "device: Input should be 'auto', 'cpu' or 'cuda' (given: 'gpu')"),
-        (["--evaluation.oracle.type", "heldout"], "evaluation.oracle.type = 'world' goes with data.type = 'world'"),
+        (["--evaluation.oracle.type", "heldout"], "data.type = 'world' has no pairs for an oracle"),
         (["--prefer.checkpoint", "./nowhere"], "prefer.checkpoint = './nowhere': no such folder (looked for /"),
         (["--reward.checkpoint", "runs/a/reward"], "reward.checkpoint = 'runs/a/reward': no such folder"),
         (["--model", "{type='pretrained', name='./nowhere'}"], "model.name = './nowhere': no such folder"),

@@ -134,6 +134,20 @@ def test_a_normaliser_of_another_scorer_is_refused(many, tmp_path, said):
     assert code == 2 and "belongs to another scorer" in error and "--fit-normaliser" in error
 
 
+def test_a_function_may_be_the_oracle(many, tmp_path, said, monkeypatch):
+    (tmp_path / "rewards_of_mine.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    run = tmp_path / "run"
+    shutil.copytree(many, run)
+    oracle = '{type = "function", function = "rewards_of_mine:brief"}'
+    assert said("evaluate", str(run), "--quiet", "--evaluation.oracle", oracle)[0] == 0
+    found = read(run / "evaluation.json")
+    assert found["oracle"] == "the function rewards_of_mine:brief" and found["oracle_used_in_training"] is None
+    rows = [json.loads(line) for line in (run / "evaluation/answers-rto.jsonl").read_text().splitlines()]
+    assert rows[3]["score"] is None and rows[0]["score"] == -len(rows[0]["answer"].split())
+    assert all(pair["missing"] == 1 for pair in found["comparison"]["pairs"])
+
+
 def test_a_scorer_with_another_tokenizer_pays_tokens(files_recipe, tiny_model, pairs_file, tmp_path, said):
     """A finished token scorer whose ids mean other characters: fitted, read by character spans, its share logged."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
@@ -192,6 +206,7 @@ LISTS = [
     ('[{type = "http", url = "file:///etc/passwd"}]', "http"),
 ]
 MODULE = """
+def brief(prompts, answers): return [None if i == 3 else -float(len(a.split())) for i, a in enumerate(answers)]
 def nan(prompts, answers): return [float("nan")] * len(answers)
 def short(prompts, answers): return [0.0]
 def fails(prompts, answers): return 1 / 0

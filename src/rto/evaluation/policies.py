@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from rto import rewards
 from rto.batch import Completions, Signals
@@ -216,5 +217,17 @@ def judge_by_truth(truth: Truth, encoder: Encoder) -> Oracle:
             sum(truth(row.text, tokens_of(encoder, completions, i), bool(completions.finished[i])))
             for i, row in enumerate(prompts)
         ]
+
+    return score
+
+
+def judge_by_words(ask: Callable[[list[str], list[str], list[list[str]]], torch.Tensor], encoder: Encoder) -> Oracle:
+    """Whatever reads prompts, answers and tokens as text and gives rewards [B, T]; NaN where it gives none."""
+
+    def score(prompts: Sequence[PromptRow], completions: Completions) -> list[float]:
+        tokens = [tokens_of(encoder, completions, i) for i in range(len(completions))]
+        pairs = zip(completions.ids, completions.mask, strict=True)
+        answers = [encoder.decode(ids[mask].tolist()) for ids, mask in pairs]
+        return ask([row.text for row in prompts], answers, tokens).sum(-1).tolist()
 
     return score

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from rto import config as recipe
@@ -12,6 +13,7 @@ from rto.data.chat import PromptRow
 from rto.data.worlds import token_rewards
 from rto.evaluation import policies as contest
 from rto.evaluation.runs import used_in_training
+from rto.evaluation.winrate import without_nan
 from rto.models.checkpoint import read_notes
 from rto.models.load import load_tokenizer, same_vocabulary
 from rto.models.role import Role
@@ -21,6 +23,8 @@ from rto.pipeline.readers import make_reader
 from rto.pipeline.resolve import guide_names, term_functions, terms_of
 from rto.recipe import complete
 from rto.report.log import read_metrics
+from rto.rollouts.functions import call_function, load_function
+from rto.rollouts.http import HttpScorer
 from rto.rollouts.score import token_logprobs
 from rto.rollouts.signals import Reader, missing
 
@@ -137,6 +141,13 @@ def _judge(job: Job, shop: Workshop, truth: contest.Truth | None) -> tuple[conte
             f"{notes.accuracy:.1%} of {notes.pairs} held-out pairs; scores in standard deviations"
         )
         return lambda prompts, c: [(score - notes.mean) / notes.std for score in raw(prompts, c)], said
+    if isinstance(settings, recipe.FunctionOracle):
+        function = load_function(settings.function)
+        ask = partial(call_function, function, settings.function)
+        return contest.judge_by_words(ask, job.rows.encoder), f"the function {settings.function}"
+    if isinstance(settings, recipe.HttpOracle):
+        server = HttpScorer(settings.url, settings.timeout, settings.retries, settings.batch)
+        return contest.judge_by_words(server.score, job.rows.encoder), f"the server {settings.url}"
     same_vocabulary(job.tokenizer, load_tokenizer(settings.name), "oracle", settings.name)
     model = recipe.Pretrained(name=settings.name)
     own = Workshop(model, settings.name, job.tokenizer, job.runtime, job.config.seed)
@@ -172,6 +183,7 @@ def _write_answers(
             if isinstance(row.prompt, list):
                 shown["conversation"] = row.prompt  # without the marks of a chat template
             shown |= {"finished": made.completions.finished[i].item(), "score": scores[name][i], "kl": kls[name][i]}
+            shown = without_nan(shown)  # an oracle may have given no score
             # Text does not always encode back to the sampled tokens; the ids let anyone repeat the numbers exactly.
             ids = made.completions.ids[i][made.completions.mask[i]].tolist()
             lines.append(json.dumps(shown | {"prompt_ids": row.ids, "answer_ids": ids}, ensure_ascii=False))
