@@ -50,6 +50,10 @@ class Optimizer:
         self.step_count += 1
         return norm.item(), rate
 
+    def forget(self) -> None:
+        """Drop the gradients that were summed up so far."""
+        self.inner.zero_grad(set_to_none=True)
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """The moments of every weight that has been stepped, by "number/name"."""
         states = ((i, self.inner.state[p]) for i, p in enumerate(self.parameters) if p in self.inner.state)

@@ -20,6 +20,7 @@ from rto.advantages import ADVANTAGES, reads
 from rto.batch import Completions
 from rto.config import Policy
 from rto.data.chat import AnswerRow, PromptRow
+from rto.models.memory import Budget
 from rto.models.role import Role
 from rto.models.runtime import Runtime
 from rto.models.saver import Moving, Saver
@@ -90,7 +91,8 @@ def train(
         critic_optimizer,
         KlController(config.kl.coef, config.kl.target, config.kl.horizon),
     )
-    learner = Learner(policy, state.policy, critic, critic_optimizer, demonstrations)
+    budget = Budget(config.micro_tokens, progress.say, alone=runtime.world == 1)
+    learner = Learner(policy, state.policy, critic, critic_optimizer, demonstrations, budget)
     wants_greedy = "greedy" in _wanted(config)
     moving = _moving(learner, reader.moving, state)
     if saver is not None and (found := saver.found()) is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -14,6 +15,7 @@ from rto.batch import Completions, _Rows
 from rto.config import Policy
 from rto.data.chat import AnswerRow
 from rto.data.collate import micro_batches, trim
+from rto.models.memory import Budget
 from rto.models.role import Role
 from rto.models.runtime import Runtime
 from rto.numerics import masked_sum, reduce
@@ -26,6 +28,7 @@ from rto.preferences.train import SftObjective
 from rto.seeds import shuffled
 
 Sums = dict[str, float]
+First = Callable[[int], Sums] | None
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class Learner:
     critic: Role | None = None
     critic_optimizer: Optimizer | None = None
     demonstrations: Sequence[AnswerRow] = ()  # for the PTX mix
+    budget: Budget | None = None  # of a pass with gradients; None: the recipe's, and no second try
 
 
 def update(
@@ -82,10 +86,9 @@ def update(
             metrics: dict[str, float] = {}
             if learner.critic is None or iteration >= config.critic.warmup:
                 fresh = epoch == 0 and start == 0
-                if config.ptx:
-                    metrics |= _ptx(learner, config, seed, iteration, epoch, start, runtime)
+                draw = partial(_ptx, learner, config, (seed, "ptx", iteration, epoch, start), runtime)
                 step = _pairwise_step if pairwise else _tokenwise_step
-                metrics |= step(learner, rows, config, kl_coef, runtime, fresh)
+                metrics |= step(learner, rows, config, kl_coef, runtime, fresh, draw if config.ptx else None)
             if learner.critic is not None:
                 metrics |= _critic_step(learner, rows, config, runtime)
             for key, value in metrics.items():
@@ -100,7 +103,7 @@ def update(
 
 
 def _tokenwise_step(
-    learner: Learner, rows: Buffer, config: Policy, kl_coef: float, runtime: Runtime, fresh: bool
+    learner: Learner, rows: Buffer, config: Policy, kl_coef: float, runtime: Runtime, fresh: bool, first: First
 ) -> Sums:
     """``fresh``: the policy still is the one that sampled, so its ratio is 1 and its log-probs are the old ones.
 
@@ -124,11 +127,11 @@ def _tokenwise_step(
             sums |= {"policy/sampler_gap": torch.where(mask, logprobs - part.logprobs, 0.0).abs().sum()}
         return reduce(losses, mask, config.reduction, total), {key: value.item() for key, value in sums.items()}
 
-    return _policy_metrics(learner, rows, _accumulate(policy, rows, loss, config, runtime))
+    return _policy_metrics(learner, rows, _accumulate(learner, policy, rows, loss, config, runtime, first))
 
 
 def _pairwise_step(
-    learner: Learner, rows: Buffer, config: Policy, kl_coef: float, runtime: Runtime, fresh: bool
+    learner: Learner, rows: Buffer, config: Policy, kl_coef: float, runtime: Runtime, fresh: bool, first: First
 ) -> Sums:
     """Rows 2i and 2i + 1 answer the same prompt."""
     loss_of, options = LOSSES[config.loss["type"]], _options(config)
@@ -152,13 +155,15 @@ def _pairwise_step(
             sums |= {"policy/sampler_gap": torch.where(mask, logprobs - part.logprobs, 0.0).abs().sum()}
         return losses.sum() / (total / 2), {key: value.item() for key, value in sums.items()}
 
-    return _policy_metrics(learner, rows, _accumulate(policy, rows, loss, config, runtime, unit=2))
+    return _policy_metrics(learner, rows, _accumulate(learner, policy, rows, loss, config, runtime, first, unit=2))
 
 
 def _policy_metrics(learner: Learner, rows: Buffer, sums: Sums) -> Sums:
     tokens = rows.completions.mask.sum().item()
     norm, rate = learner.policy_optimizer.step()
-    metrics = {key: value / tokens for key, value in sums.items() if key != "loss"}
+    whole = ("loss", "policy/ptx_loss")
+    metrics = {key: value if key in whole else value / tokens for key, value in sums.items()}
+    metrics.pop("loss")
     return metrics | {"policy/loss": sums["loss"], "policy/grad_norm": norm, "policy/lr": rate}
 
 
@@ -170,51 +175,62 @@ def _critic_step(learner: Learner, rows: Buffer, config: Policy, runtime: Runtim
         losses = value_loss(critic.values(part.completions), part.values, part.returns, clip=config.critic.clip)
         return reduce(losses, part.completions.mask, config.reduction, total), {}
 
-    sums = _accumulate(critic, rows, loss, config, runtime)
+    sums = _accumulate(learner, critic, rows, loss, config, runtime)
     norm, _ = optimizer.step()
     return {"value/loss": sums["loss"], "value/grad_norm": norm}
 
 
-def _ptx(learner: Learner, config: Policy, seed: int, iteration: int, epoch: int, start: int, runtime: Runtime) -> Sums:
+def _ptx(learner: Learner, config: Policy, draw: tuple, runtime: Runtime, budget: int) -> Sums:
     """Leave this process's gradient of ptx * (SFT loss of a batch of demonstrations) on the policy (PPO-max)."""
     objective = SftObjective(learner.policy, pad=0)  # padding is masked: any id will do
     rows = learner.demonstrations
-    batch = [rows[i] for i in shuffled(len(rows), seed, "ptx", iteration, epoch, start)[: config.batch]]
+    batch = [rows[i] for i in shuffled(len(rows), *draw)[: config.batch]]
     total = float(sum(map(objective.weight, batch)))
     mine, sums = runtime.share(batch), {"policy/ptx_loss": 0.0}
-    for index in micro_batches([objective.size(row) for row in mine], config.micro_tokens):
+    for index in micro_batches([objective.size(row) for row in mine], budget):
         loss, _ = objective.loss([mine[i] for i in index], total)
         (config.ptx * loss).backward()
         sums["policy/ptx_loss"] += loss.item()
-    return runtime.sum(sums)
+    return sums
 
 
 def _accumulate(
+    learner: Learner,
     role: Role,
     rows: Buffer,
     loss: Callable[[Buffer, float], tuple[Tensor, Sums]],
     config: Policy,
     runtime: Runtime,
+    first: First = None,
     unit: int = 1,
 ) -> Sums:
     """Leave the minibatch's gradient on the role. Returns the loss and the sums of its metrics over processes.
 
-    ``unit`` rows in a row stay in one micro-batch.
+    ``first`` leaves another gradient there before. ``unit`` rows in a row stay in one micro-batch.
     """
     c = rows.completions
     token = config.reduction == "token" and unit == 1
     total = float(c.mask.sum() if token else len(rows))
     lengths = (c.prompt.mask.sum(-1) + c.lengths).view(-1, unit).amax(-1) * unit
     mine = runtime.share(list(range(len(lengths))))
-    sums: Sums = {}
-    for index in micro_batches([int(lengths[i]) for i in mine], config.micro_tokens):
-        chosen = [unit * mine[i] + k for i in index for k in range(unit)]
-        part = _trim(rows.rows(torch.tensor(chosen))).to(role.backbone.device)
-        value, measured = loss(part, total)
-        value.backward()
-        for key, number in {"loss": value.item(), **measured}.items():
-            sums[key] = sums.get(key, 0.0) + number
-    sums = runtime.sum(sums)
+
+    def work(budget: int) -> Sums:
+        sums: Sums = {} if first is None else first(budget)
+        for index in micro_batches([int(lengths[i]) for i in mine], budget):
+            chosen = [unit * mine[i] + k for i in index for k in range(unit)]
+            part = _trim(rows.rows(torch.tensor(chosen))).to(role.backbone.device)
+            value, measured = loss(part, total)
+            value.backward()
+            for key, number in {"loss": value.item(), **measured}.items():
+                sums[key] = sums.get(key, 0.0) + number
+        return sums
+
+    def undo() -> None:
+        for p in role.parameters():
+            p.grad = None
+
+    budget = learner.budget
+    sums = runtime.sum(work(config.micro_tokens) if budget is None else budget.within(work, undo))
     runtime.sum_gradients(role.parameters())
     return sums
 

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from rto.config import Supervised
 from rto.data.collate import micro_batches
+from rto.models.memory import Budget
 from rto.models.role import Role
 from rto.models.runtime import Runtime
 from rto.models.saver import Moving, Saver
@@ -99,11 +101,12 @@ def fit(
         found = saver.found()
         if found is not None and before < found.step <= before + steps:
             moving.restore(found)
+    budget = Budget(training.micro_tokens, progress.say, alone=runtime.world == 1)
     progress.start(stage, steps)
     while state.step < steps:
         begun = time.perf_counter()
         batch = [rows[i] for i in order[state.rows_seen : state.rows_seen + training.batch]]
-        loss, sums = gradients(objective, batch, training.micro_tokens, runtime)
+        loss, sums = budget.within(partial(_gradients_of, objective, batch, runtime), state.optimizer.forget)
         try:
             norm, rate = state.optimizer.step()
         except FloatingPointError as error:
@@ -139,6 +142,10 @@ def _moving(objective: Objective[Row], state: LoopState, beside: Moving | None) 
 
     weights = {"role": objective.role.parameters(), **(beside.weights if beside else {})}
     return Moving(weights, {"role": state.optimizer}, numbers, set_numbers)
+
+
+def _gradients_of(objective: Objective[Row], batch: list[Row], runtime: Runtime, budget: int) -> tuple[float, Sums]:
+    return gradients(objective, batch, budget, runtime)
 
 
 def gradients(objective: Objective[Row], batch: list[Row], budget: int, runtime: Runtime) -> tuple[float, Sums]:
