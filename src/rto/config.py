@@ -31,9 +31,6 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
-# --- models -------------------------------------------------------------------------------------------
-
-
 class Lora(Section):
     """Low-rank adapters: one a role, all on one backbone."""
 
@@ -90,9 +87,6 @@ Model = Annotated[
 ]
 
 
-# --- data ---------------------------------------------------------------------------------------------
-
-
 class Files(Section):
     """Preference pairs from a file (JSON, JSONL, Parquet, also gzipped) or from a hub data set."""
 
@@ -126,9 +120,6 @@ class World(Section):
 
 
 Data = Annotated[Annotated[Files, Tag("files")] | Annotated[World, Tag("world")], _tag("files")]
-
-
-# --- training -----------------------------------------------------------------------------------------
 
 
 class Training(Section):
@@ -263,9 +254,6 @@ class Policy(Training):
         if (self.method == "custom") != (self.rewards is not None):
             raise ValueError("a list of rewards goes with method = 'custom', and only with it")
         return self
-
-
-# --- evaluation and the whole -------------------------------------------------------------------------
 
 
 class WorldOracle(Section):
