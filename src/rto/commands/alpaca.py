@@ -9,6 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rto.commands.asking import add_judge, endpoint_of
+
 HELP = "AlpacaEval 2 from annotations, or from a judge: win rate, and with the official difficulty file the LC one"
 
 
@@ -23,13 +25,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap; default: 0")
     asking = parser.add_argument_group("instead of ANNOTATIONS, ask a judge (with --reference and --out)")
+    add_judge(asking, max_tokens=None)
     asking.add_argument("--outputs", help="the model's outputs: model_outputs.json, or answers of rto generate")
-    asking.add_argument("--model", help="the judge, as the endpoint calls it")
-    asking.add_argument("--base-url", help="default: $OPENAI_BASE_URL, else OpenAI")
-    asking.add_argument("--key-env", default="OPENAI_API_KEY", help="variable with the key; default: OPENAI_API_KEY")
-    asking.add_argument("--concurrency", type=int, default=8, help="questions at a time; default: 8")
-    asking.add_argument("--per-minute", type=int, help="at most so many requests a minute; default: no limit")
-    asking.add_argument("--quiet", action="store_true", help="no progress")
 
 
 def run(known: argparse.Namespace) -> int:
@@ -100,21 +97,16 @@ def _ask(known: argparse.Namespace) -> str:
     from rto.evaluation import alpaca, alpaca_files
     from rto.evaluation.alpaca_judge import annotate
     from rto.evaluation.answers import read_answers
-    from rto.evaluation.endpoint import Endpoint
     from rto.report.log import Progress
 
     for flag in ("reference", "model", "out"):
         if not getattr(known, flag):
             raise ValueError(f"--outputs asks a judge, which needs --{flag} too")
-    endpoint = Endpoint(
-        known.model,
-        known.base_url,
-        known.key_env,
+    endpoint = endpoint_of(
+        known,
         temperature=alpaca.JUDGE_SAMPLING["temperature"],
         max_tokens=int(alpaca.JUDGE_SAMPLING["max_tokens"]),
         top_logprobs=int(alpaca.JUDGE_SAMPLING["top_logprobs"]),
-        concurrency=known.concurrency,
-        per_minute=known.per_minute,
     )
     folder = Path(known.out)
     model, baseline = read_answers(known.outputs), read_answers(known.reference)

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rto.commands.asking import add_judge, endpoint_of
+
 if TYPE_CHECKING:  # imported when the verb runs: `rto --help` must be quick
     from rto.evaluation.arena import Judgment, Rate, Rows, StyleControl
     from rto.evaluation.winrate import Interval
@@ -40,15 +42,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap; default: 0")
     asking = parser.add_argument_group("instead of JUDGMENTS, ask a judge (with --answers and --baseline)")
     asking.add_argument("--questions", help="question.jsonl of either layout")
+    add_judge(asking, max_tokens=4096)
     asking.add_argument("--candidates", nargs="+", help="models to judge; default: all of --answers but the baseline")
-    asking.add_argument("--model", help="the judge, as the endpoint calls it")
-    asking.add_argument("--base-url", help="default: $OPENAI_BASE_URL, else OpenAI")
-    asking.add_argument("--key-env", default="OPENAI_API_KEY", help="variable with the key; default: OPENAI_API_KEY")
-    asking.add_argument("--concurrency", type=int, default=8, help="questions at a time; default: 8")
-    asking.add_argument("--per-minute", type=int, help="at most so many requests a minute; default: no limit")
-    asking.add_argument("--temperature", type=float, default=0.0, help="of the judge; default: 0")
-    asking.add_argument("--max-tokens", type=int, default=4096, help="of a reply; default: 4096")
-    asking.add_argument("--quiet", action="store_true", help="no progress")
 
 
 def run(known: argparse.Namespace) -> int:
@@ -135,7 +130,7 @@ def _ask(known: argparse.Namespace) -> list[Judgment]:
     """Two games a question and model; replies and official files in the folder of ``--out``."""
     from rto.evaluation import arena_files
     from rto.evaluation.arena_judge import arena_tasks, judgments_of_replies
-    from rto.evaluation.endpoint import Endpoint, ask_all
+    from rto.evaluation.endpoint import ask_all
     from rto.evaluation.formats import read_questions
     from rto.report.log import Progress
 
@@ -161,15 +156,7 @@ def _ask(known: argparse.Namespace) -> list[Judgment]:
         for name in models
         for task in arena_tasks(questions, texts[known.baseline], texts[name], model=name, baseline=known.baseline)
     ]
-    endpoint = Endpoint(
-        known.model,
-        known.base_url,
-        known.key_env,
-        temperature=known.temperature,
-        max_tokens=known.max_tokens,
-        concurrency=known.concurrency,
-        per_minute=known.per_minute,
-    )
+    endpoint = endpoint_of(known)
     folder = Path(known.out or ASKED)
     with Progress(enabled=not known.quiet) as progress:
         progress.start("judge", len(tasks))

@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+from rto.commands.asking import add_judge, endpoint_of
+
 HELP = "pairwise win rates under a judge, any OpenAI-compatible endpoint"
 
 
@@ -14,46 +16,22 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "answers", nargs="+", help="two or more files of answers; each is judged against each later one"
     )
-    parser.add_argument("--model", required=True, help="the judge, as the endpoint calls it")
-    parser.add_argument("--base-url", help="default: $OPENAI_BASE_URL, else OpenAI")
-    parser.add_argument("--key-env", default="OPENAI_API_KEY", help="variable with the key; default: OPENAI_API_KEY")
+    add_judge(parser, required=True, max_tokens=2048)
     parser.add_argument("--template", default="helpful", help="helpful (default), quality, or a TOML file")
     parser.add_argument("--order", choices=("both", "single"), default="both", help="games a prompt; default: both")
     parser.add_argument("--out", default="judged", help="folder of judgments and report; default: judged")
     parser.add_argument("--limit", type=int, help="at most so many prompts a pair")
     parser.add_argument("--on-missing", choices=("error", "skip"), default="error", help="prompts that one file lacks")
-    parser.add_argument("--concurrency", type=int, default=8, help="questions at a time; default: 8")
-    parser.add_argument("--per-minute", type=int, help="at most so many requests a minute; default: no limit")
-    parser.add_argument("--retries", type=int, default=6, help="further tries of a question; default: 6")
-    parser.add_argument(
-        "--timeout", type=float, default=60.0, help="seconds without a byte that end a try; default: 60"
-    )
-    parser.add_argument("--temperature", type=float, default=0.0, help="of the judge; default: 0")
-    parser.add_argument("--max-tokens", type=int, default=2048, help="of a reply; default: 2048")
     parser.add_argument("--seed", type=int, default=0, help="of order, judge and bootstrap; default: 0")
-    parser.add_argument("--no-seed", action="store_true", help="send no seed to the judge: some servers refuse it")
-    parser.add_argument("--quiet", action="store_true", help="no progress")
 
 
 def run(known: argparse.Namespace) -> int:
     """0: there are verdicts (failures are told on standard error), 1: every game failed. ValueError: wrong input."""
     from rto.evaluation.answers import read_answers
-    from rto.evaluation.endpoint import Endpoint
     from rto.evaluation.judge import JUDGMENTS, judge, markdown
     from rto.evaluation.judge_templates import load_template
 
-    endpoint = Endpoint(
-        known.model,
-        known.base_url,
-        known.key_env,
-        temperature=known.temperature,
-        max_tokens=known.max_tokens,
-        timeout=known.timeout,
-        retries=known.retries,
-        concurrency=known.concurrency,
-        per_minute=known.per_minute,
-        seed=None if known.no_seed else known.seed,
-    )
+    endpoint = endpoint_of(known, known.seed)
     report = judge(
         [read_answers(path) for path in known.answers],
         load_template(known.template),

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from rto.commands.asking import add_judge, endpoint_of
+
 HELP = "MT-Bench: grade two-turn answers with a judge, or read judgments; turns, categories, average"
 REPLIES = {"single": "replies.jsonl", "pair": "replies_pair.jsonl"}
 
@@ -17,15 +19,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--questions", help="question.jsonl: to ask, or for the categories of other questions")
     parser.add_argument("--references", help="reference_answer/gpt-4.jsonl: for math, reasoning and coding")
     parser.add_argument("--pairwise", action="store_true", help="compare the first model with every other one")
-    parser.add_argument("--model", help="the judge, as the endpoint calls it")
-    parser.add_argument("--base-url", help="default: $OPENAI_BASE_URL, else OpenAI")
-    parser.add_argument("--key-env", default="OPENAI_API_KEY", help="variable with the key; default: OPENAI_API_KEY")
-    parser.add_argument("--concurrency", type=int, default=8, help="questions at a time; default: 8")
-    parser.add_argument("--per-minute", type=int, help="at most so many requests a minute; default: no limit")
-    parser.add_argument("--temperature", type=float, default=0.0, help="of the judge; default: 0")
-    parser.add_argument("--max-tokens", type=int, default=2048, help="of a reply; default: 2048")
+    add_judge(parser, max_tokens=2048)
     parser.add_argument("--out", help="a folder for report.json and the official file; when asking: mtbench")
-    parser.add_argument("--quiet", action="store_true", help="no progress")
 
 
 def run(known: argparse.Namespace) -> int:
@@ -75,7 +70,7 @@ def run(known: argparse.Namespace) -> int:
 
 def _ask(known: argparse.Namespace, questions: list[Any]) -> list[dict[str, Any]]:
     from rto.evaluation import mtbench
-    from rto.evaluation.endpoint import Endpoint, ask_all
+    from rto.evaluation.endpoint import ask_all
     from rto.evaluation.mtbench_prompts import pair_tasks, single_tasks
 
     if not (known.model and questions):
@@ -97,15 +92,7 @@ def _ask(known: argparse.Namespace, questions: list[Any]) -> list[dict[str, Any]
         tasks = [task for pair in pairs for task in pair_tasks(questions, pair, answers, references)]
     else:
         tasks = [task for model in models for task in single_tasks(questions, model, answers[model], references)]
-    endpoint = Endpoint(
-        known.model,
-        known.base_url,
-        known.key_env,
-        temperature=known.temperature,
-        max_tokens=known.max_tokens,
-        concurrency=known.concurrency,
-        per_minute=known.per_minute,
-    )
+    endpoint = endpoint_of(known)
     from rto.report.log import Progress
 
     path = Path(known.out or "mtbench") / REPLIES["pair" if known.pairwise else "single"]
