@@ -37,33 +37,34 @@ def shortened(config: Config, steps: int, folder: Path) -> Config:
 def resume_check(
     config: Config, folder: Path, *, steps: int, kills: int, seed: int, say: Callable[[str], None]
 ) -> bool:
-    """Run the shortened recipe once whole and once with ``kills`` SIGKILLs at random moments, each followed by the same
-    command; compare every weight and every row of metrics. Returns whether all are equal.
+    """Run the shortened recipe once whole; run it again with SIGKILLs at random moments, each followed by the same
+    command, until ``kills`` of them have struck; compare every weight and every row of metrics of each finished run.
+    Returns whether all are equal.
 
     Raises:
         ValueError: a run fails by itself, with what it said.
     """
-    whole, cut = folder / "whole", folder / "cut"
+    whole = folder / "whole"
     begun = time.perf_counter()
     _run(_command(shortened(config, steps, whole)))
     seconds = time.perf_counter() - begun
-    say(f"uninterrupted: {seconds:.0f} s")
+    say(f"uninterrupted: {seconds:.0f} s; stages {', '.join(dict.fromkeys(r['stage'] for r in read_metrics(whole)))}")
     dice = random.Random(seed)
-    recipe = _command(shortened(config, steps, cut))
-    for number in range(1, kills + 1):
-        after = dice.uniform(0.1, 0.9) * seconds
-        say(
-            f"kill {number} of {kills}: "
-            + ("after " if _run(recipe, after) else "not reached within ")
-            + f"{after:.1f} s"
-        )
-    _run(recipe)
-    found = list(differences(whole, cut))
-    for line in found[:5]:
-        say(f"differs: {line}")
-    say(f"stages: {', '.join(dict.fromkeys(row['stage'] for row in read_metrics(cut)))}")
-    say("equal to the bit" if not found else f"{len(found)} differences")
-    return not found
+    struck = finished = unequal = 0
+    while struck < kills:
+        cut = folder / f"cut{finished}"
+        command = _command(shortened(config, steps, cut))
+        while _run(command, dice.uniform(0.1, 0.9) * seconds if struck < kills else None):
+            struck += 1
+            rows = read_metrics(cut)
+            place = f"after a step of {rows[-1]['stage']}" if rows else "before the first step"
+            say(f"kill {struck} of {kills}: {place}")
+        found = list(differences(whole, cut))
+        finished, unequal = finished + 1, unequal + bool(found)
+        for line in found[:5]:
+            say(f"differs: {line}")
+    say(f"{struck} kills in {finished} runs: {'all equal to the bit' if not unequal else f'{unequal} differ'}")
+    return not unequal
 
 
 def differences(whole: Path, cut: Path) -> Iterator[str]:
