@@ -15,13 +15,11 @@ from rto.evaluation.alpaca import (
     STRENGTHS,
     Annotations,
     Difficulty,
-    Weights,
     bootstrap_error,
     is_suspicious,
     judge_messages,
     length_controlled,
     order_switched,
-    predicted_win_rate,
     preference_from_text,
     preference_from_top,
     preference_without_judge,
@@ -247,15 +245,6 @@ def test_the_bootstrap_is_seeded():
     assert one > 0
     with pytest.raises(ValueError, match="rounds = 1"):
         bootstrap_error(found, difficulty, lc.c, rounds=1)
-
-
-def test_model_against_model():
-    difficulty = replace(world()[1], of={0: 0.0, 1: 1.0, 2: -2.0})
-    a, b = Weights(-1.0, 0.5, 0.3), Weights(4.0, 0.2, -0.1)
-    expected = 100 * np.mean([logistic(np.array(0.3 * d + 0.4)) for d in (0.0, 1.0, -2.0)])
-    assert predicted_win_rate(a, b, difficulty) == pytest.approx(expected, abs=1e-10)
-    assert predicted_win_rate(a, b, difficulty) + predicted_win_rate(b, a, difficulty) == pytest.approx(100, abs=1e-10)
-    assert predicted_win_rate(a, a, difficulty) == 50.0
 
 
 def test_what_has_no_length_controlled_win_rate_is_refused():

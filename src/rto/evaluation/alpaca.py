@@ -246,12 +246,6 @@ def bootstrap_error(
     return float(draws.std(ddof=1))
 
 
-def predicted_win_rate(a: Weights, b: Weights, difficulty: Difficulty) -> float:
-    """LC of model a against model b, over all instructions; both were fitted against the same baseline."""
-    d = np.array(list(difficulty.of.values()))
-    return 100 * float(_logistic((a.difficulty - b.difficulty) * d + a.model - b.model).mean())
-
-
 def _difficulties(annotations: Annotations, difficulty: Difficulty) -> Floats:
     """[N], in the order of the rows."""
     if annotations.baseline not in (None, BASELINE):

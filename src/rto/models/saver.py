@@ -66,7 +66,8 @@ class Moving:
 class Saver:
     """Saves a stage every ``every`` steps and where ``wanted`` says that the run is to stop, and raises then.
 
-    ``made_from`` goes into every checkpoint: what the stage is made from, to be compared when it goes on.
+    ``made_from`` goes into every checkpoint: what the stage is made from, to be compared when it goes on. ``found`` is
+    the checkpoint that it goes on from.
     """
 
     def __init__(
@@ -77,13 +78,11 @@ class Saver:
         made_from: dict[str, Any],
         wanted: Callable[[], str | None],
         stop: Callable[[str], Exception],
+        found: Checkpoint | None = None,
     ) -> None:
         self.store, self.every, self.runtime, self.made_from = store, every, runtime, made_from
         self.wanted, self.stop = wanted, stop
-
-    def found(self) -> Checkpoint | None:
-        """The newest good checkpoint."""
-        return self.store.load()
+        self.found = found
 
     def after(self, step: int, last: int, moving: Moving) -> None:
         """To be called after every step. The last one is not saved: the stage's model is, next.

@@ -20,7 +20,7 @@ from rto.models.load import locate
 from rto.models.role import Role
 from rto.models.runtime import Runtime, peak_memory_mb
 from rto.models.saver import Saver
-from rto.models.store import Store
+from rto.models.store import Checkpoint, Store
 from rto.models.workshop import Workshop
 from rto.pipeline.stop import Stop, Stopped
 from rto.report.log import Progress
@@ -56,6 +56,7 @@ class Job:
     started: bool = field(init=False, default=False)  # before that nothing is written
     stop: Stop = field(init=False, default_factory=Stop)
     doing: Step | None = field(init=False, default=None)
+    begun: dict[str, Checkpoint] = field(init=False, default_factory=dict)  # by stage, until the stage has begun
 
     def __post_init__(self) -> None:
         self.runtime = Runtime(self.config.device, self.config.trackers, self.config.output)
@@ -79,8 +80,10 @@ class Job:
                     f"{self.folder}: stage {step.name} was made with another recipe ({'; '.join(changed[:3])}). "
                     "Choose another --output, delete that folder, or keep what is there with --allow-changed KEY"
                 )
-            begun = None if step.name in done else self.store(step.name).load()
-            changed = self.changes(begun.state["made_from"], step) if begun else []
+            if step.name in done or (found := self.store(step.name).load()) is None:
+                continue
+            self.begun[step.name] = found  # read and verified once a run
+            changed = self.changes(found.state["made_from"], step)
             if changed:
                 raise ValueError(
                     f"{self.folder}: stage {step.name} was begun with another recipe ({'; '.join(changed[:3])}). "
@@ -102,12 +105,12 @@ class Job:
             self.progress.say(f"{step.name}: done before, in {self.folder / done['path']}")
             return
         begun = time.perf_counter()
-        begun_at = self.store(step.name).load()
-        if begun_at is None:
-            self.log.drop_stage(step.name)
+        if step.name in self.begun:
+            at = self.begun[step.name].step
+            self.log.cut(step.name, at)
+            self.progress.say(f"{step.name}: goes on after step {at}")
         else:
-            self.log.cut(step.name, begun_at.step)
-            self.progress.say(f"{step.name}: goes on after step {begun_at.step}")
+            self.log.drop_stage(step.name)
         self.doing = step
         path = step.work(self)
         self.runtime.wait()
@@ -140,8 +143,8 @@ class Job:
     def saver(self, every: int) -> Saver:
         """Saves the stage that is being done."""
         assert self.doing is not None
-        store = self.store(self.doing.name)
-        return Saver(store, every, self.runtime, self.doing.inputs, lambda: self.stop.wanted, Stopped)
+        store, found = self.store(self.doing.name), self.begun.pop(self.doing.name, None)
+        return Saver(store, every, self.runtime, self.doing.inputs, lambda: self.stop.wanted, Stopped, found)
 
     def finished(self) -> dict[str, Any]:
         """The finished stages by name, with path, seconds and memory."""

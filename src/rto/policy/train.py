@@ -95,8 +95,8 @@ def train(
     learner = Learner(policy, state.policy, critic, critic_optimizer, demonstrations, budget)
     wants_greedy = "greedy" in _wanted(config)
     moving = _moving(learner, reader.moving, state)
-    if saver is not None and (found := saver.found()) is not None:
-        moving.restore(found)
+    if saver is not None and saver.found is not None:
+        moving.restore(saver.found)
     progress.start(stage, iterations)
     while state.iteration < iterations:
         begun = time.perf_counter()

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rto.data.chat import ScoredRow
 from rto.data.collate import collate_completions, micro_batches
-from rto.models.role import Role
 from rto.models.runtime import Runtime
 from rto.numerics import masked_sum
 from rto.preferences.cache import ReferenceCache
-from rto.preferences.objectives import Sums, log_ratio_parts, option, reads, reference_for
+from rto.preferences.objectives import Compared, Sums, log_ratio_parts, option
 
 # What a group loss may name as a positional parameter; float32. Absent answers hold 0.
 READABLE_GROUP = {
@@ -29,28 +25,11 @@ READABLE_GROUP = {
 Answer = tuple[list[int], list[int], bool]  # prompt, answer, finished
 
 
-class GroupObjective:
-    """A loss over all scored answers of a prompt. N is the largest group of the micro-batch.
+class GroupObjective(Compared):
+    """A loss over all scored answers of a prompt. N is the largest group of the micro-batch."""
 
-    Raises:
-        ValueError: a cache is given for a loss that has no use of it.
-    """
-
-    def __init__(
-        self,
-        role: Role,
-        loss: Callable[..., Tensor],
-        options: dict[str, Any],
-        pad: int,
-        reference: Role | None = None,
-        cache: ReferenceCache | None = None,
-    ) -> None:
-        self.role, self.pad, self.cache = role, pad, cache
-        self.function, self.options = loss, options
-        self.wanted = reads(loss)
-        assert set(self.wanted) <= set(READABLE_GROUP), f"{loss.__name__} reads what no group has: {self.wanted}"
-        self.reference = reference_for(loss, reference, cache)
-        self.baseline: float | None = None
+    readable = READABLE_GROUP
+    baseline: float | None = None  # of the batch that is being trained on
 
     def size(self, row: ScoredRow) -> int:
         """Padded: each answer stands behind a prompt of its own."""

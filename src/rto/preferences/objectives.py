@@ -6,7 +6,7 @@ A loss says by its positional parameters what it reads; an objective computes th
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -89,15 +89,15 @@ class SftObjective:
         return reduce(sft(logprobs), batch.mask, "token", total), {}
 
 
-class PairObjective:
-    """A pairwise loss: of a policy against its reference, or of a scorer.
-
-    The loss's positional parameters say what is computed for it; see ``READABLE``. ``cache`` keeps the reference's
-    log-probs between epochs.
+class Compared:
+    """A loss of a policy, mostly against its reference, or of a scorer; its positional parameters say what is computed
+    for it, and ``READABLE`` of its kind what it may name. ``cache`` keeps the reference's log-probs between epochs.
 
     Raises:
         ValueError: a cache is given for a loss that has no use of it.
     """
+
+    readable: Mapping[str, str]
 
     def __init__(
         self,
@@ -111,8 +111,14 @@ class PairObjective:
         self.role, self.pad, self.cache = role, pad, cache
         self.function, self.options = loss, options
         self.wanted = reads(loss)
-        assert set(self.wanted) <= set(READABLE), f"{loss.__name__} reads what no pair has: {self.wanted}"
+        assert set(self.wanted) <= set(self.readable), f"{loss.__name__} reads what is not there: {self.wanted}"
         self.reference = reference_for(loss, reference, cache)
+
+
+class PairObjective(Compared):
+    """A pairwise loss."""
+
+    readable = READABLE
 
     def size(self, row: PairRow) -> int:
         return 2 * (len(row.prompt) + max(len(row.chosen), len(row.rejected)))

@@ -51,7 +51,7 @@ def fit_rounds(
         raise ValueError(f"prefer.rounds.count = {rounds.count}, but there are {len(rows)} rows: lower it")
     steps, first = 0, 0
     trained = snapshot(role) if rounds.extrapolation else []
-    found = saver.found() if saver is not None else None
+    found = saver.found if saver is not None else None
     if found is not None:
         first, steps = found.state["numbers"]["round"], found.state["numbers"]["before"]
     for number in range(first, rounds.count):

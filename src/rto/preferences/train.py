@@ -98,7 +98,7 @@ def fit(
     state = LoopState(Optimizer(objective.role.parameters(), training, training.lr, steps))
     moving = _moving(objective, state, beside)
     if saver is not None:
-        found = saver.found()
+        found = saver.found
         if found is not None and before < found.step <= before + steps:
             moving.restore(found)
     budget = Budget(training.micro_tokens, progress.say, alone=runtime.world == 1)

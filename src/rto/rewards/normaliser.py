@@ -6,7 +6,6 @@ all would reward where a segment stands (Segmenting Text and Learning Their Rewa
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 import torch
@@ -66,14 +65,6 @@ class Normaliser:
         """(v - mean(p)) / std(p) on the segments' ends, 0 elsewhere."""
         location = locations(ends, mask)
         return torch.where(ends & mask, (values - self.mean(location)) / self.std(location), 0.0)
-
-    @property
-    def floor_location(self) -> float | None:
-        """Where in (0, 1] the line of the std crosses the floor; None where it does not."""
-        if self.w_sigma == 0:
-            return None
-        log = (self.floor - self.b_sigma) / self.w_sigma
-        return math.exp(log) if log <= 0 else None
 
     @property
     def floored(self) -> float:
