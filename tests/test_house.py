@@ -23,7 +23,7 @@ SRC = ROOT / "src"
 
 # From the bottom up: a unit (a module or package directly in rto) imports lower floors only.
 FLOORS = (
-    {"batch", "config", "numerics", "segments", "seeds"},
+    {"batch", "config", "finite", "numerics", "segments", "seeds"},
     {"report", "data", "rewards", "models", "advantages", "optim", "recipe", "theory"},
     {"rollouts", "preferences"},
     {"evaluation", "policy"},

@@ -129,7 +129,7 @@ def test_a_broken_gradient_raises_and_changes_nothing(bad):
     before = [p.detach().clone() for p in parameters]
     moments = [optimizer.inner.state[p]["exp_avg"].clone() for p in parameters]
     give(parameters, bad, 0.1)
-    with pytest.raises(FloatingPointError, match="at optimiser step 2"):
+    with pytest.raises(FloatingPointError, match="the gradient norm of the batch is (nan|inf)"):
         optimizer.step()
     for p, weight, moment in zip(parameters, before, moments, strict=True):
         assert_close(p.detach(), weight, atol=0, rtol=0)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from rto.config import Training
+from rto.finite import Culprit, NotFinite
 
 
 def learning_rate_factor(step: int, steps: int, warmup: float, floor: float, schedule: str) -> float:
@@ -35,20 +38,46 @@ class Optimizer:
             self.parameters, lr=lr, betas=training.betas, eps=training.eps, weight_decay=training.weight_decay
         )
         self.training, self.lr, self.steps, self.step_count = training, lr, steps, 0
+        self.scale = 1.0  # of the learning rate, lowered after a rollback
 
     def step(self) -> tuple[float, float]:
-        """Apply the gradients that were summed up. Returns the gradient norm before clipping and the rate used."""
+        """Apply the gradients that were summed up. Returns the gradient norm before clipping and the rate used.
+
+        Raises:
+            NotFinite: the norm is not; nothing was applied.
+        """
         t = self.training
-        rate = self.lr * learning_rate_factor(self.step_count, self.steps, t.warmup, t.floor, t.schedule)
+        rate = self.scale * self.lr * learning_rate_factor(self.step_count, self.steps, t.warmup, t.floor, t.schedule)
         for group in self.inner.param_groups:
             group["lr"] = rate
         norm = nn.utils.clip_grad_norm_(self.parameters, t.max_norm, foreach=True)
         if not torch.isfinite(norm):
-            raise FloatingPointError(f"the gradient norm is {norm.item()} at optimiser step {self.step_count + 1}")
+            raise NotFinite(Culprit("batch", "gradient norm", str(norm.item())))
         self.inner.step()
         self.inner.zero_grad(set_to_none=True)
         self.step_count += 1
         return norm.item(), rate
+
+    def blame(
+        self,
+        role: str,
+        error: NotFinite,
+        rows: Sequence[int],
+        backward: Callable[[int], None],
+        gather: Callable[[Any], list[Any]],
+    ) -> NotFinite:
+        """``error`` of :meth:`step` with the row whose gradient alone is not finite; without a row where it is the sum
+        that overflows. ``backward`` leaves the gradient of one row; ``rows`` are this process's."""
+        found = None
+        for row in rows:
+            self.forget()
+            backward(row)
+            if not all(p.grad is None or p.grad.isfinite().all() for p in self.parameters):
+                found = row
+                break
+        self.forget()
+        guilty = [row for row in gather(found) if row is not None]
+        return NotFinite(replace(error.culprit, role=role, row=min(guilty, default=None)))
 
     def forget(self) -> None:
         """Drop the gradients that were summed up so far."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
+import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -11,12 +14,15 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
-from rto.config import Config, Policy, Spec
+from rto.config import Config, Policy, Prefer, Reward, Spec
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+_DEPTH = 16  # levels of tables and lists
+_LINES = 20  # mistakes that are told
 
 
 def load(path: str | Path, overrides: Iterable[tuple[str, str]] = ()) -> Config:
@@ -26,11 +32,11 @@ def load(path: str | Path, overrides: Iterable[tuple[str, str]] = ()) -> Config:
         ValueError: the file is missing or no TOML, or a key or value is refused; a line for each.
     """
     path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):  # Path.exists raises for a name that is too long to be one
         raise ValueError(f"{path}: no such recipe; the recipes that come with rto are in recipes/*.toml")
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # ValueError: also not UTF-8, and a number of 5,000 digits
         raise ValueError(f"{path}: not a TOML file: {error}") from None
     for key, value in overrides:
         put(table, key, value)
@@ -44,26 +50,46 @@ def build(table: Mapping[str, Any], source: str = "recipe") -> Config:
         ValueError: a line for each key or value that is refused, with ``source`` in front.
     """
     try:
-        config = Config.model_validate(_nulls(table))
+        config = Config.model_validate(_values(table))
     except ValidationError as error:
         raise ValueError("\n".join(f"{source}: {line}" for line in explain(error, Config))) from None
-    for name, changed in config.baselines.items():
-        try:
-            config.model_copy(update={"baselines": {name: changed}}).policies()
-        except ValidationError as error:
-            lines = explain(error, Policy)
-            raise ValueError("\n".join(f"{source}: in [baselines.{name}]: {line}" for line in lines)) from None
-        except ValueError as error:
-            raise ValueError(f"{source}: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+    for named, section, members in (
+        ("guides", Prefer, Config.preferences),
+        ("scorers", Reward, Config.rewards),
+        ("baselines", Policy, Config.policies),
+    ):
+        for name, changed in getattr(config, named).items():
+            try:
+                members(config.model_copy(update={named: {name: changed}}))
+            except ValidationError as error:
+                lines = explain(error, section)
+                raise ValueError("\n".join(f"{source}: in [{named}.{name}]: {line}" for line in lines)) from None
+            except ValueError as error:
+                raise ValueError(f"{source}: {error}") from None
     return config
 
 
-def _nulls(value: Any) -> Any:
-    """TOML has no null: a recipe writes "none" (``clip = "none"``)."""
+def _values(value: Any, key: str = "", depth: int = 0) -> Any:
+    """``value`` with null for "none", which TOML has not.
+
+    Raises ValueError for what TOML can spell and no key takes: numbers that are not finite or need more than 64 bits
+    (a run could not read them back from its config.json), tables in tables without end, a type that is no name.
+    """
+    if depth > _DEPTH:
+        raise ValueError(f"{_cut(key)}: nested too deep: a recipe needs {_DEPTH} levels at most")
     if isinstance(value, dict):
-        return {key: _nulls(part) for key, part in value.items()}
+        inside = {part: f"{key}.{_name(str(part))}" if key else _name(str(part)) for part in value}
+        if isinstance(value.get("type"), dict | list):
+            raise ValueError(f"{inside['type']}: a type is a name, not {type(value['type']).__name__}")
+        return {part: _values(there, inside[part], depth + 1) for part, there in value.items()}
     if isinstance(value, list):
-        return [_nulls(part) for part in value]
+        return [_values(part, f"{key}.{i}", depth + 1) for i, part in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{key}: {value} is no number that a recipe can have; what is off is 'none'")
+    if isinstance(value, int) and value.bit_length() > 63:
+        raise ValueError(f"{key}: a whole number has 64 bits at most, this one has {value.bit_length()}")
     return None if value == "none" else value
 
 
@@ -75,11 +101,14 @@ def put(table: dict[str, Any], key: str, value: str) -> None:
             table[parent] = {}
         table = table[parent]
         if not isinstance(table, dict):
-            raise ValueError(f"--{key}: {parent} is a value, not a table")
+            raise ValueError(f"--{_name(key)}: {_name(parent)} is a value, not a table")
     try:
-        table[last] = tomllib.loads(f"value = {value}")["value"]
+        found = tomllib.loads(f"value = {value}")
     except tomllib.TOMLDecodeError:
-        table[last] = value
+        found = {}
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits; brackets without end
+        raise ValueError(f"--{_name(key)}: not a value: {error}") from None
+    table[last] = found["value"] if len(found) == 1 else value  # more than one: lines that only look like TOML
 
 
 def complete(spec: Spec, table: Mapping[str, Callable[..., Any]], where: str) -> Spec:
@@ -91,7 +120,9 @@ def complete(spec: Spec, table: Mapping[str, Callable[..., Any]], where: str) ->
     """
     name = spec.get("type")
     if not isinstance(name, str) or name not in table:
-        raise ValueError(f"{where}.type = {name!r} is unknown{nearest(str(name), table)}; known: {', '.join(table)}")
+        raise ValueError(
+            f"{where}.type = {_short(name)} is unknown{nearest(str(name), table)}; known: {', '.join(table)}"
+        )
     options = {
         key: (parameter.annotation, ... if parameter.default is inspect.Parameter.empty else parameter.default)
         for key, parameter in inspect.signature(table[name], eval_str=True).parameters.items()
@@ -106,26 +137,45 @@ def complete(spec: Spec, table: Mapping[str, Callable[..., Any]], where: str) ->
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
-    """One line a mistake; an unknown key comes with the nearest valid one."""
+    """One line a mistake, the first twenty; an unknown key comes with the nearest valid one."""
     lines = []
-    for item in error.errors():
+    mistakes = error.errors()
+    for item in mistakes[:_LINES]:
         kind = item["type"]
         if kind == "extra_forbidden":
             path, keys = _walk(model, item["loc"][:-1])
             last = str(item["loc"][-1])
             lines.append(
-                f"unknown key {'.'.join([*path, last])}{nearest(last, keys)}; valid: {', '.join(sorted(keys))}"
+                f"unknown key {'.'.join([*path, _name(last)])}{nearest(last, keys)}; valid: {', '.join(sorted(keys))}"
             )
             continue
         key = ".".join(_walk(model, item["loc"])[0])
-        message, given = item["msg"].removeprefix("Value error, "), f" (given: {item['input']!r})"
+        message, given = _cut(item["msg"].removeprefix("Value error, "), 600), f" (given: {_short(item['input'])})"
         if kind == "union_tag_invalid":
             key += ".type"
-            message = f"unknown type {item['ctx']['tag']}; known: {item['ctx']['expected_tags']}"
+            message = f"unknown type {_name(item['ctx']['tag'])}; known: {item['ctx']['expected_tags']}"
         if kind in ("missing", "value_error", "union_tag_invalid"):
             given = ""
         lines.append(f"{key or 'recipe'}: {message}{given}")
+    if len(mistakes) > _LINES:
+        lines.append(f"recipe: and {len(mistakes) - _LINES} more mistakes")
     return lines
+
+
+def _name(key: str) -> str:
+    """A key as a message shows it: in quotes where it would not do without them in TOML."""
+    return key if re.fullmatch(r"[\w.-]{1,80}", key) else _short(key)
+
+
+def _short(value: Any) -> str:
+    try:
+        return _cut(repr(value))
+    except (ValueError, RecursionError):  # a number of 5,000 digits; lists in lists without end
+        return type(value).__name__
+
+
+def _cut(text: str, most: int = 200) -> str:
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
@@ -141,7 +191,7 @@ def _walk(model: type[BaseModel], location: Iterable[str | int]) -> tuple[list[s
         if len(found) > 1:  # a union: pydantic names its chosen member next, the recipe does not
             found = [candidate for candidate in found if _tag_of(candidate) == step]
             continue
-        path.append(step)
+        path.append(_name(step))
         fields = found[0].model_fields if found else {}
         found = _models(fields[step].annotation) if step in fields else []
     return path, {key for candidate in found for key in candidate.model_fields}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from rto.data.chat import AnswerRow
+from rto.finite import Culprit, NotFinite
 from rto.models.memory import Budget, lacks_memory
 
 
@@ -39,11 +41,21 @@ def test_one_row_alone_that_does_not_fit_is_an_error():
     assert tried == [8, 4, 2, 1]
 
 
-def test_of_several_processes_none_changes_its_mind():
-    work, tried = small(4)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        Budget(8, print, alone=False).within(work, lambda: None)
-    assert tried == [8]
+def test_of_several_processes_all_halve_where_one_lacks_memory():
+    said: list[str] = []
+    budget = Budget(8, said.append, lambda mine: [mine, (True, None)] if budget.tokens == 8 else [mine, mine])
+    work, tried = small(100)
+    assert budget.within(work) == 4
+    assert tried == [8, 4] and len(said) == 1
+
+
+def test_a_fault_of_another_process_is_raised_here_too():
+    culprit = Culprit("policy", "log-prob", "nan", 0, "answer", 3)
+    row, undone = AnswerRow(7, "a", [1], [2, 3, 4, 5], True), []
+    budget = Budget(8, print, lambda mine: [mine, (False, (culprit, [row]))])
+    with pytest.raises(NotFinite) as caught:
+        budget.within(lambda tokens: tokens, lambda: undone.append(1))
+    assert caught.value.culprit == culprit and caught.value.rows == [row] and undone == [1]
 
 
 def test_other_errors_stay_errors():

@@ -17,6 +17,7 @@ from rto.config import Policy, Spec, Supervised
 from rto.data.rows import make_rows, make_tokenizer
 from rto.models.checkpoint import save_role
 from rto.models.load import scratch_network
+from rto.models.memory import Budget
 from rto.models.role import Backbone, Role
 from rto.models.runtime import Runtime
 from rto.models.workshop import Workshop
@@ -93,7 +94,8 @@ class World:
 
     def draw(self, roles: Roles, config: Policy, terms, iteration: int = 0, greedy: bool = False) -> Draw:
         reader, critic = self.reader(roles, config, terms), roles.critic if reads_values(config) else None
-        return draw(roles.policy, critic, reader, self.prompts, config, iteration, 0, self.runtime, greedy)
+        budget = Budget(config.reading_tokens, print)
+        return draw(roles.policy, critic, reader, self.prompts, config, iteration, 0, self.runtime, greedy, budget)
 
     @staticmethod
     def settings(**changes) -> Policy:

@@ -14,6 +14,7 @@ from rto import rewards
 from rto.advantages import gae
 from rto.config import Lora
 from rto.models.checkpoint import ScorerNotes
+from rto.models.memory import Budget
 from rto.models.workshop import Workshop
 from rto.numerics import reduce, whiten
 from rto.optim import Optimizer
@@ -52,14 +53,23 @@ def buffer_of(world, roles, config, terms=(TERMINAL,)) -> Buffer:
     advantages, returns = _advantages(config, total, parts["kl"], drawn)
     s = drawn.signals
     return Buffer(
-        drawn.completions, s.logprobs, s.reference, drawn.values, advantages, returns, total.sum(-1), drawn.group
+        drawn.completions,
+        s.logprobs,
+        s.reference,
+        drawn.values,
+        advantages,
+        returns,
+        total.sum(-1),
+        drawn.group,
+        torch.arange(len(drawn.asked)),
     )
 
 
 def gradient(world, roles, buffer, config, kl_coef: float = 0.0, **more):
     """The policy's gradient in the one minibatch of an update, and the metrics."""
     optimizer = Kept(roles.policy.parameters(), config, config.lr, 8)
-    metrics = update(Learner(roles.policy, optimizer, **more), buffer, config, kl_coef, 0, 0, world.runtime)
+    budget = Budget(config.micro_tokens, print)
+    metrics = update(Learner(roles.policy, optimizer, budget, **more), buffer, config, kl_coef, 0, 0, world.runtime)
     return optimizer.gradients, metrics
 
 
@@ -301,6 +311,7 @@ def test_the_value_clip(world, clip):
     learner = Learner(
         roles.policy,
         Optimizer(roles.policy.parameters(), config, config.lr, 8),
+        Budget(config.micro_tokens, print),
         roles.critic,
         Optimizer(roles.critic.parameters(), config, config.critic.lr, 8),
     )

@@ -12,7 +12,9 @@ from torch.testing import assert_close
 from rto import rewards
 from rto.advantages import gae
 from rto.batch import Completions, Prompts, Signals
+from rto.finite import NotFinite
 from rto.models.checkpoint import ScorerNotes
+from rto.models.memory import Budget
 from rto.optim import Optimizer
 from rto.policy.metrics import reward_metrics
 from rto.policy.rollout import Draw, prompts_of
@@ -82,6 +84,7 @@ def test_micro_batches_change_nothing(world, reduction):
         returns,
         total.sum(-1),
         drawn.group,
+        torch.arange(len(drawn.asked)),
     )
     assert len(set(completions.lengths.tolist())) > 1
     for micro_tokens in (1_000_000, 1):
@@ -90,6 +93,7 @@ def test_micro_batches_change_nothing(world, reduction):
         learner = Learner(
             roles.policy,
             Optimizer(roles.policy.parameters(), cut, cut.lr, 4),
+            Budget(micro_tokens, print),
             roles.critic,
             Optimizer(roles.critic.parameters(), cut, cut.critic.lr, 4),
         )
@@ -217,23 +221,22 @@ def test_a_fixed_coefficient_stays(world, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("role", "signal"),
+    ("role", "quantity"),
     [
-        ("policy", "logprobs"),
-        ("reference", "reference"),
-        ("guide", "guide"),
-        ("scorer", "scores"),
-        ("critic", "values"),
+        ("policy", "log-prob"),
+        ("reference", "log-prob"),
+        ("guide", "log-prob"),
+        ("scorer", "score"),
+        ("critic", "value"),
     ],
 )
-def test_a_role_that_is_not_finite_is_named_before_anything_moves(world, tmp_path, role, signal):
+def test_a_role_that_is_not_finite_is_named_before_anything_moves(world, tmp_path, role, quantity):
     roles = world.roles()
     with torch.no_grad():
         getattr(roles, role).parameters()[0].fill_(math.nan)
     before = world.weights(roles.policy) + world.weights(roles.critic)
     row = prompts_of(world.prompts, 8, 0, 0)[0].row
-    place = "" if signal == "scores" else ", token 0"
-    said = rf"^{signal} of answer 0{place} of iteration 1 \(prompt of data row {row}\) is not finite$"
+    said = rf"^the {quantity} of the {role} is nan \(data row {row}, answer, token 0\)$"
     with pytest.raises(FloatingPointError, match=said):
         world.run(tmp_path, roles, world.settings(), RTO)
     assert_close(world.weights(roles.policy) + world.weights(roles.critic), before, rtol=0, atol=0, equal_nan=True)
@@ -244,13 +247,19 @@ def test_the_row_that_is_not_finite_is_named(world):
     config = world.settings()
     roles = world.roles()
     ids = world.draw(roles, config, RTO).completions.ids
-    odd = next(i for i in range(8) if any(token not in ids[:i] for token in ids[i].tolist()) and i > 0)
-    word = next(token for token in ids[odd].tolist() if token not in ids[:odd])
+    asked = {token for row in prompts_of(world.prompts, 8, 0, 0) for token in row.ids}
+    fresh = [
+        (i, token) for i in range(1, 8) for token in ids[i].tolist() if token not in ids[:i] and token not in asked
+    ]
+    odd, word = fresh[0]
     assert roles.scorer is not None
     with torch.no_grad():
         roles.scorer.parameters()[0][word] = math.inf  # the embedding of one word
-    with pytest.raises(FloatingPointError, match=f"^scores of answer {odd} "):
+    with pytest.raises(NotFinite, match="^the score of the scorer is") as caught:
         world.draw(roles, config, RTO)
+    found = caught.value.culprit
+    assert (found.row, found.part) == (odd, "answer")
+    assert found.token is not None and found.token <= ids[odd].tolist().index(word)  # attention: 0 times inf before it
 
 
 # --- prompts, advantages, normaliser ------------------------------------------------------------------

@@ -14,6 +14,7 @@ from rto.config import Lora, Supervised
 from rto.data.chat import ScoredRow
 from rto.data.collate import collate_completions
 from rto.data.rows import scored_from_pairs
+from rto.models.memory import Budget
 from rto.models.role import Role
 from rto.models.runtime import Runtime
 from rto.numerics import masked_sum
@@ -83,7 +84,7 @@ def test_ragged_groups_are_read_answer_by_answer(world, nudged, groups):
 def test_the_loss_by_hand(world, nudged, groups):
     """KTO, answer by answer, with the baseline of the batch."""
     goal, rows = objective(world, nudged, beta=0.5), groups[:3]
-    value, sums = gradients(goal, rows, WHOLE, world.runtime)
+    value, sums = gradients(goal, rows, Budget(WHOLE, print), world.runtime)
 
     def ratio(prompt: list[int], answer: list[int]) -> float:
         return logprob(goal.role, prompt, answer) - logprob(goal.reference, prompt, answer)
@@ -105,8 +106,8 @@ def test_the_loss_by_hand(world, nudged, groups):
 
 def test_the_baseline_has_no_gradient(world, nudged, groups):
     goal, other = objective(world, nudged), objective(world, nudged)
-    gradients(goal, groups, WHOLE, world.runtime)
-    other.prepare(groups, WHOLE, world.runtime)
+    gradients(goal, groups, Budget(WHOLE, print), world.runtime)
+    other.prepare(groups, Budget(WHOLE, print), world.runtime)
     assert isinstance(other.baseline, float) and goal.baseline == pytest.approx(other.baseline)
     other.loss(groups, len(groups))[0].backward()
     for a, b in zip(grads(goal), grads(other), strict=True):
@@ -127,10 +128,10 @@ class Part(Runtime):
 
 def test_the_baseline_of_two_processes_adds_up(world, nudged, groups):
     goal = objective(world, nudged)
-    goal.prepare(groups, WHOLE, world.runtime)
+    goal.prepare(groups, Budget(WHOLE, print), world.runtime)
     whole, parts = goal.baseline, [Part(0), Part(1)]
     for part in parts:
-        goal.prepare(groups, WHOLE, part)
+        goal.prepare(groups, Budget(WHOLE, print), part)
     assert whole is not None
     assert sum(part.said["total"] for part in parts) / 15 == pytest.approx(whole, abs=1e-5)  # 15 answers
 
@@ -142,8 +143,8 @@ def test_the_baseline_of_two_processes_adds_up(world, nudged, groups):
 @pytest.mark.parametrize(("loss", "options"), [(kto, {}), (mppo, {}), (mppo, {"variant": "mcs"})])
 def test_one_batch_of_eight_equals_eight_of_one(world, nudged, groups, loss, options, lora):
     whole, alone = (objective(world, nudged, loss, lora, **options) for _ in range(2))
-    value, sums = gradients(whole, groups, WHOLE, world.runtime)
-    value_alone, sums_alone = gradients(alone, groups, ALONE, world.runtime)
+    value, sums = gradients(whole, groups, Budget(WHOLE, print), world.runtime)
+    value_alone, sums_alone = gradients(alone, groups, Budget(ALONE, print), world.runtime)
     assert value_alone == pytest.approx(value, abs=1e-5)
     assert sums_alone == pytest.approx(sums, abs=1e-4)
     for a, b in zip(grads(whole), grads(alone), strict=True):
@@ -192,9 +193,12 @@ def test_the_rest_of_one_row_keeps_the_baseline_before(world, nudged, groups, tm
 
 def test_a_baseline_for_each_evaluation(world, nudged, groups):
     goal = objective(world, nudged)
-    goal.prepare(groups, WHOLE, world.runtime)
+    budget = Budget(WHOLE, print)
+    goal.prepare(groups, budget, world.runtime)
     trained = goal.baseline
     found = evaluate(goal, groups[:3], Supervised(), world.runtime)
+    assert goal.baseline == trained  # a rest of one row would train on it
+    goal.prepare(groups[:3], budget, world.runtime)
     assert found["baseline"] == pytest.approx(goal.baseline, abs=1e-5) and goal.baseline != trained
 
 
@@ -254,11 +258,11 @@ def test_the_cache_spares_the_reference(world, nudged, groups, tmp_path):
     """All but the mismatched pairs, which are others in each epoch."""
     plain, goal = objective(world, nudged), objective(world, nudged)
     goal.cache = ReferenceCache(tmp_path / "c.safetensors", "one")
-    expected = gradients(plain, groups, WHOLE, world.runtime)
+    expected = gradients(plain, groups, Budget(WHOLE, print), world.runtime)
     seen: list[int] = []
     goal.reference.backbone.body.register_forward_hook(lambda *_: seen.append(1))
     for passes in (2, 3):  # mismatched and own pairs, then mismatched ones
-        value, sums = gradients(goal, groups, WHOLE, world.runtime)
+        value, sums = gradients(goal, groups, Budget(WHOLE, print), world.runtime)
         assert (value, sums) == (pytest.approx(expected[0]), pytest.approx(expected[1], abs=1e-5))
         assert len(seen) == passes
     short = [replace(groups[0], prompt=groups[1].prompt)]

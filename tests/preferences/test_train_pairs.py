@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from rto.config import Lora, Supervised
+from rto.models.memory import Budget
 from rto.models.role import Role
 from rto.models.workshop import Workshop
 from rto.preferences import cpo, dpo, ipo, orpo, rdpo, simpo, tdpo1, tdpo2
@@ -96,7 +97,7 @@ def test_the_reference_gets_no_gradient(world, nudged):
     goal = objective(world, nudged, tdpo1)
     for p in goal.reference.parameters():
         p.requires_grad_(True)
-    gradients(goal, world.rows.pairs[:4], WHOLE, world.runtime)
+    gradients(goal, world.rows.pairs[:4], Budget(WHOLE, print), world.runtime)
     assert all(p.grad is None for p in goal.reference.parameters())
     assert sum(float(g.abs().sum()) for g in grads(goal.role)) > 0
 
@@ -109,8 +110,8 @@ def test_the_reference_gets_no_gradient(world, nudged):
 def test_one_batch_of_eight_equals_eight_of_one(world, nudged, loss, settings):
     whole, alone = (objective(world, nudged, loss, settings) for _ in range(2))
     rows = world.rows.pairs[:8]
-    value, sums = gradients(whole, rows, WHOLE, world.runtime)
-    value_alone, sums_alone = gradients(alone, rows, ALONE, world.runtime)
+    value, sums = gradients(whole, rows, Budget(WHOLE, print), world.runtime)
+    value_alone, sums_alone = gradients(alone, rows, Budget(ALONE, print), world.runtime)
     assert value_alone == pytest.approx(value, rel=1e-5)
     assert sums_alone == pytest.approx(sums, abs=1e-4)
     for a, b in zip(grads(whole.role), grads(alone.role), strict=True):

@@ -14,6 +14,7 @@ from rto import rewards
 from rto.data.chat import PromptRow
 from rto.data.collate import collate_completions
 from rto.data.rows import make_rows, make_tokenizer
+from rto.finite import NotFinite
 from rto.models.checkpoint import ScorerNotes
 from rto.models.load import scratch_network
 from rto.models.role import Backbone, Role
@@ -262,10 +263,9 @@ def test_what_is_missing_excuses_its_own_row_alone(world):
     parts = read(world, [TERMINAL])
     parts["http"] = torch.zeros(5, WIDTH)
     parts["http"][3, :2] = math.nan
-    check_finite(parts, world.rows, range(5), "of now")
+    check_finite(parts)
     parts["scores"][3] = math.nan  # nobody will read it
-    check_finite(parts, world.rows, range(5), "of now")
+    check_finite(parts)
     parts["reference"][2, 4] = math.inf
-    said = r"^reference of answer 22, token 4 of now \(prompt of data row 12\) is not finite$"
-    with pytest.raises(FloatingPointError, match=said):
-        check_finite(parts, world.rows, range(20, 25), "of now")
+    with pytest.raises(NotFinite, match=r"^the log-prob of the reference is inf \(row 2, answer, token 4\)$"):
+        check_finite(parts)

@@ -6,6 +6,7 @@ same prompt ids. So a prompt is always a prefix of its completion, whatever the 
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, Literal, TypeVar
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 import jinja2
 
 from rto.config import Files
-from rto.data.layouts import Prompt, Reason
+from rto.data.layouts import Prompt, Reason, plain
 from rto.data.sources import Loaded, RejectedRow, TextAnswer, TextPair, TextPrompt, TextScored
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ PLAIN_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
+# What a template raises: its own errors, and those of the expressions in it.
+_TEMPLATE = (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError, RecursionError)
 _PROBE = "rto-probe"  # an answer that is looked for in the rendered conversation
 
 
@@ -37,13 +40,19 @@ def load_template(tokenizer: PreTrainedTokenizerBase, config: Files) -> str:
     """Give the tokenizer its template and return it: ``config.chat_template``, its own, or the plain one.
 
     It is set on the tokenizer so that a model saved with it chats as it was trained.
-    Raises ValueError for a file that is missing.
+    Raises ValueError for a file that is missing, empty or not UTF-8.
     """
     if config.chat_template is not None:
-        path = Path(config.chat_template).expanduser()
-        if not path.is_file():
-            raise ValueError(f"data.chat_template: file not found: {path.absolute()}. Name a Jinja file")
-        tokenizer.chat_template = path.read_text(encoding="utf-8")
+        path = Path(os.path.expanduser(config.chat_template))
+        if not os.path.isfile(path):
+            raise ValueError(f"data.chat_template: file not found: {plain(str(path.absolute()))}. Name a Jinja file")
+        try:
+            given = path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"data.chat_template = {str(path)!r}: not UTF-8 ({error}): save it as UTF-8") from None
+        if not given.strip():
+            raise ValueError(f"data.chat_template = {str(path)!r}: is empty: write one, or leave the key out")
+        tokenizer.chat_template = given
     template = _template(tokenizer)
     tokenizer.chat_template = template
     return template
@@ -138,10 +147,10 @@ class Encoder:
             text = self.tokenizer.apply_chat_template(
                 messages, chat_template=self._chat_template, add_generation_prompt=generate, tokenize=False
             )
-        except jinja2.TemplateError as error:
-            roles = ", ".join(message["role"] for message in messages)
+        except _TEMPLATE as error:
+            roles = plain(", ".join(message["role"] for message in messages))
             raise ValueError(
-                f"the chat template fails on a conversation of {roles}: {error}. "
+                f"the chat template fails on a conversation of {roles}: {plain(str(error))}. "
                 "Leave such rows out, or give another --data.chat_template"
             ) from error
         return str(text)

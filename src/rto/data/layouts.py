@@ -48,12 +48,18 @@ _ANSWERS = ("answers", "completions", "responses")
 
 
 class BadRow(Exception):
-    """A row that cannot be used, and why."""
+    """A row that cannot be used, and why. ``detail`` is made :func:`plain`: it may quote the row."""
 
     def __init__(self, reason: Reason, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
         self.reason: Reason = reason
-        self.detail = detail
+        self.detail = plain(detail)
+        super().__init__(f"{reason}: {self.detail}")
+
+
+def plain(text: str, most: int = 300) -> str:
+    """``text`` from a data file as a message may quote it: on one line, without control characters, not too long."""
+    short = text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
+    return short if short.isprintable() else repr(short)[1:-1]
 
 
 def has_pair(record: Record) -> bool:
@@ -166,7 +172,7 @@ def _continue(given: Prompt | None, value: Any, field: str) -> tuple[Prompt, str
     if isinstance(value, str):
         if given is None:
             raise BadRow("missing_field", f"prompt (only whole conversations go without; {field} is a string)")
-        return given, _text(value, field)
+        return given, text_of(value, field)
     turns = _messages([value] if isinstance(value, dict) else value, field)
     head, answer = _whole(turns, field)
     if not head and given is not None:
@@ -202,16 +208,16 @@ def _messages(value: Any, field: str) -> list[dict[str, str]]:
         for key in keys:
             if not _has(message, key):
                 raise BadRow("missing_field", f"{key} of {where}")
-        role = _text(message[keys[0]], f"{keys[0]} of {where}")
+        role = text_of(message[keys[0]], f"{keys[0]} of {where}")
         if role not in _ROLES:
             raise BadRow("roles_out_of_order", f"unknown role {role!r} in {where}")
-        turns.append({"role": _ROLES[role], "content": _text(message[keys[1]], f"{keys[1]} of {where}")})
+        turns.append({"role": _ROLES[role], "content": text_of(message[keys[1]], f"{keys[1]} of {where}")})
     return turns
 
 
 def _dialogue(value: Any, field: str) -> list[dict[str, str]]:
     """HH-RLHF's one string as messages."""
-    before, *parts = _HH_TURN.split(_text(value, field))
+    before, *parts = _HH_TURN.split(text_of(value, field))
     if before.strip() or not parts:
         raise BadRow("wrong_type", f"{field} does not begin with 'Human:', as the hh layout asks")
     roles = {"Human": "user", "Assistant": "assistant"}
@@ -238,14 +244,14 @@ def _checked(prompt: Prompt) -> Prompt:
 
 def _prompt(record: Record) -> Prompt:
     value = _field(record, "prompt")
-    return _text(value, "prompt") if isinstance(value, str) else _messages(value, "prompt")
+    return text_of(value, "prompt") if isinstance(value, str) else _messages(value, "prompt")
 
 
 def _system(record: Record) -> list[dict[str, str]]:
     """The system message that some ShareGPT files keep in a field of its own."""
     if not (_has(record, "conversations") and _has(record, "system")):
         return []
-    text = _text(record["system"], "system")
+    text = text_of(record["system"], "system")
     return [{"role": "system", "content": text}] if text else []
 
 
@@ -253,7 +259,8 @@ def _margin(record: Record) -> float:
     if _has(record, "margin"):
         return _number(record["margin"], "margin")
     if _has(record, "score_chosen") and _has(record, "score_rejected"):
-        return _number(record["score_chosen"], "score_chosen") - _number(record["score_rejected"], "score_rejected")
+        chosen, rejected = (_number(record[key], key) for key in ("score_chosen", "score_rejected"))
+        return _number(chosen - rejected, "score_chosen - score_rejected")  # two finite numbers may be too far apart
     return 0.0
 
 
@@ -288,7 +295,8 @@ def _field(record: Record, key: str) -> Any:
     return record[key]
 
 
-def _text(value: Any, where: str) -> str:
+def text_of(value: Any, where: str) -> str:
+    """``value``, which must be text that has a UTF-8 form. Raises :class:`BadRow`."""
     if not isinstance(value, str):
         raise BadRow("wrong_type", f"{where} is {_kind(value)}, not text")
     try:

@@ -96,7 +96,10 @@ def _files(data: recipe.Files, encoder: Encoder, seed: int) -> Rows:
     read = read_pairs(data)
     pairs = encode_pairs(encoder, read)
     by_row = {pair.row: pair.prompt for pair in read.rows}
-    parts = split_rows([by_row[pair.row] for pair in pairs.rows], data.test, data.oracle, seed)
+    try:
+        parts = split_rows([by_row[pair.row] for pair in pairs.rows], data.test, data.oracle, seed)
+    except ValueError as error:
+        raise ValueError(f"data.pairs = {pairs.file!r}: {error}") from None
     chosen = {part: [pairs.rows[i] for i in index] for part, index in parts.items()}
     rejected = list(pairs.rejected)
     notes = {"pairs": len(pairs.rows), "cut prompts": pairs.cut_prompts, "cut answers": pairs.cut_answers}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
 import zlib
 from collections import Counter
@@ -14,10 +15,11 @@ from typing import Any, Generic, TypeVar
 
 from rto.config import Files
 from rto.data import layouts
-from rto.data.layouts import BadRow, Prompt, Reason, Record
+from rto.data.layouts import BadRow, Prompt, Reason, Record, plain
 
 EXTENSIONS = (".jsonl", ".json", ".parquet")
 PARTS = ("train", "test", "oracle")
+_CUT = (EOFError, gzip.BadGzipFile, zlib.error)  # what a damaged gzip file raises
 _PAIRS = "trl and hh (chosen, rejected), sharegpt (conversations, chosen, rejected)"
 _KNOWN = {  # what a file of each kind may look like, for the message when it does not
     "pairs": _PAIRS,
@@ -200,7 +202,7 @@ def _read(
             break
     if first and not known:
         raise ValueError(
-            f"data.{key} = {name!r}: no layout is recognised from the keys {', '.join(map(str, first))}. "
+            f"data.{key} = {name!r}: no layout is recognised from the keys {plain(', '.join(map(str, first)))}. "
             f"Known layouts: {_KNOWN[key]}"
         )
     if loaded.rejected and (config.on_bad_row == "error" or not loaded.rows):
@@ -228,24 +230,31 @@ def _complaint(key: str, loaded: Loaded[Any]) -> str:
 
 
 def records(name: str, split: str, key: str) -> Iterator[tuple[int, Any]]:
-    """Numbered records of a file or a hub data set; a line that cannot be parsed comes as a :class:`BadRow`."""
-    path = Path(name).expanduser()
+    """Numbered records of a file or a hub data set; a line that cannot be parsed comes as a :class:`BadRow`.
+
+    Raises ValueError with ``key`` and ``name`` for a file that is missing, damaged or of no known kind.
+    """
+    path = Path(os.path.expanduser(name))
     extension = next((known for known in EXTENSIONS if name.lower().endswith((known, known + ".gz"))), None)
-    if path.is_file():
-        if extension == ".jsonl":
-            return _lines(path)
-        if extension == ".json":
-            return _array(path)
-        if extension == ".parquet":
-            return _parquet(path)
-        raise ValueError(
-            f"data.{key}: {name!r} is none of {', '.join(EXTENSIONS)} (each may be .gz): rename or convert it"
-        )
+    if os.path.isfile(path):  # Path.is_file raises for a name that is too long to be one
+        if extension is None:
+            raise ValueError(
+                f"data.{key}: {name!r} is none of {', '.join(EXTENSIONS)} (each may be .gz): rename or convert it"
+            )
+        read = {".jsonl": _lines, ".json": _array, ".parquet": _parquet}[extension]
+        return _named(f"data.{key} = {name!r}", read(path))
     # One slash is a hub name (owner/name); anything else with a separator is meant as a path.
     pathlike = extension or name.count("/") > 1 or "\\" in name or name.startswith(("/", "./", "../", "~"))
-    if pathlike and not path.is_dir():
-        raise ValueError(f"data.{key}: file not found: {name!r} (looked for {path.absolute()})")
+    if pathlike and not os.path.isdir(path):
+        raise ValueError(f"data.{key}: file not found: {plain(repr(name))} (looked for {plain(str(path.absolute()))})")
     return _hub(name, split, key)
+
+
+def _named(where: str, read: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
+    try:
+        yield from read
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def _open(path: Path) -> Any:
@@ -254,13 +263,14 @@ def _open(path: Path) -> Any:
 
 def _lines(path: Path) -> Iterator[tuple[int, Any]]:
     """Blank lines are no rows, but they count as lines."""
+    number = 0
     with _open(path) as handle:
         try:
             for number, line in enumerate(handle, 1):
                 if line.strip():
                     yield number, _parse(line)
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(f"{path}: the gzip file is damaged ({error}): fetch it again") from error
+        except _CUT as error:
+            raise ValueError(f"the gzip file is damaged after line {number} ({error}): fetch it again") from error
 
 
 def _parse(line: bytes) -> Any:
@@ -276,13 +286,13 @@ def _array(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         with _open(path) as handle:
             records = json.loads(handle.read().decode("utf-8-sig"))
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path}: the gzip file is damaged ({error}): fetch it again") from error
+    except _CUT as error:
+        raise ValueError(f"the gzip file is damaged ({error}): fetch it again") from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error}). If each line is one object, name the file .jsonl") from error
+        raise ValueError(f"not JSON ({error}). If each line is one object, name the file .jsonl") from error
     if not isinstance(records, list):
-        raise ValueError(f"{path}: holds {type(records).__name__}, not an array of objects: make it an array, or JSONL")
-    return enumerate(records, 1)
+        raise ValueError(f"holds {type(records).__name__}, not an array of objects: make it an array, or JSONL")
+    yield from enumerate(records, 1)
 
 
 def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
@@ -297,7 +307,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
                     number += 1
                     yield number, record
     except (OSError, ValueError, EOFError, zlib.error, pyarrow.ArrowException) as error:
-        raise ValueError(f"{path}: cannot be read as Parquet after row {number} ({error})") from error
+        raise ValueError(f"cannot be read as Parquet after row {number} ({plain(str(error))})") from error
 
 
 def _hub(name: str, split: str, key: str) -> Iterator[tuple[int, Any]]:
@@ -307,7 +317,8 @@ def _hub(name: str, split: str, key: str) -> Iterator[tuple[int, Any]]:
         rows = datasets.load_dataset(name, split=split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
-            f"data.{key}: there is no file {name!r}, and no data set of that name with split {split!r} could be "
-            f"loaded ({error}). Give a local file ({', '.join(EXTENSIONS)}), or check data.split and the connection"
+            f"data.{key}: there is no file {plain(repr(name))}, and no data set of that name with split "
+            f"{plain(repr(split))} could be loaded ({plain(str(error))}). Give a local file ({', '.join(EXTENSIONS)}), or "
+            "check data.split and the connection"
         ) from error
     return enumerate(rows, 1)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rto.data.layouts import BadRow, Prompt, prompt_of
+from rto.data.layouts import BadRow, Prompt, plain, prompt_of, text_of
 from rto.evaluation.arena_style import Scoring, style_metadata
 
 Record = dict[str, Any]
@@ -51,17 +51,18 @@ def read_records(path: str | Path) -> list[Record]:
     file = Path(path).expanduser()
     if not file.is_file():
         raise ValueError(f"{path}: file not found (looked for {file.absolute()})")
-    text = file.read_text(encoding="utf-8-sig")
     found: list[tuple[int, Any]] = []
+    where = ""
     try:
+        text = file.read_text(encoding="utf-8-sig")
         if text.lstrip().startswith("["):
             found = list(enumerate(json.loads(text), 1))
         else:
             for number, line in enumerate(text.split("\n"), 1):
+                where = f", line {number}"
                 if line.strip():
                     found.append((number, json.loads(line)))
-    except ValueError as error:
-        where = f", line {number}" if not text.lstrip().startswith("[") else ""
+    except (ValueError, RecursionError) as error:  # ValueError: also bytes that are not UTF-8
         raise ValueError(f"{path}{where}: not JSON ({error}): give a JSON array, or an object a line") from None
     for number, record in found:
         if not isinstance(record, dict):
@@ -85,7 +86,7 @@ def read_questions(path: str | Path, format: str) -> list[Question]:
         try:
             question = FORMATS[format].question(record, number)
         except (LookupError, TypeError, BadRow) as error:
-            detail = str(error) if isinstance(error, BadRow) else f"found the keys {', '.join(record) or 'none'}"
+            detail = str(error) if isinstance(error, BadRow) else f"found the keys {plain(', '.join(record)) or 'none'}"
             wants = FORMATS[format].wants
             raise ValueError(
                 f"{path}, row {number}: --format {format} reads questions with {wants} ({detail})"
@@ -102,10 +103,11 @@ def _short(key: str | int) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError
-    return value
+def _asked(value: Any, where: str) -> str:
+    text = text_of(value, where)
+    if not text.strip():
+        raise BadRow("empty_prompt", f"{where} is empty")
+    return text
 
 
 def _number(value: Any) -> int:
@@ -119,21 +121,25 @@ def _plain_question(record: Record, number: int) -> Question:
 
 
 def _alpaca_question(record: Record, number: int) -> Question:
-    text = _text(record["instruction"])
+    text = _asked(record["instruction"], "instruction")
     return Question(text, [text], record)
 
 
 def _arena_question(record: Record, number: int) -> Question:
     """Both layouts, whichever of the two is to be written. Only the first turn is used, as the judges do."""
     if "prompt" in record:
-        return Question(_text(record["uid"]), [_text(record["prompt"])], record)
-    return Question(_text(record["question_id"]), [_text(record["turns"][0]["content"])], record)
+        return Question(text_of(record["uid"], "uid"), [_asked(record["prompt"], "prompt")], record)
+    asked = _asked(record["turns"][0]["content"], "the first turn")
+    return Question(text_of(record["question_id"], "question_id"), [asked], record)
 
 
 def _mtbench_question(record: Record, number: int) -> Question:
-    first, second = record["turns"] if len(record["turns"]) == 2 else (None, None)
-    _text(record["category"])
-    return Question(_number(record["question_id"]), [_text(first), _text(second)], record)
+    turns = record["turns"]
+    if not (isinstance(turns, list) and len(turns) == 2):
+        raise BadRow("wrong_type", "turns is not a list of two")
+    text_of(record["category"], "category")
+    asked: list[Prompt] = [_asked(turn, f"turn {count}") for count, turn in enumerate(turns, 1)]
+    return Question(_number(record["question_id"]), asked, record)
 
 
 # --- answers ------------------------------------------------------------------------------------------
@@ -226,7 +232,8 @@ class Format:
     def key_of(self, row: Mapping[str, Any]) -> str | int:
         """The question that a written row answers. Raises ValueError for a row of another format."""
         if self.key not in row or self.model not in row:
-            raise ValueError(f"a row with the keys {', '.join(row) or 'none'} and without {self.key} and {self.model}")
+            keys = plain(", ".join(row)) or "none"
+            raise ValueError(f"a row with the keys {keys} and without {self.key} and {self.model}")
         return row[self.key]
 
 

@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rto.batch import Completions
+from rto.finite import require_finite
 from rto.models.role import Role
 from rto.segments import segment_ends
 
@@ -20,9 +21,14 @@ class SegmentScorer(Role):
         self.cutoff = cutoff
 
     def scores(self, completions: Completions) -> Float[Tensor, " B"]:
-        """Mean of the head over each answer's segment ends: a sum would favour length."""
+        """Mean of the head over each answer's segment ends: a sum would favour length.
+
+        Raises:
+            NotFinite: the reference, whose entropy cuts the segments, says no numbers.
+        """
         with torch.no_grad():  # first, while no activations of the scorer are held
-            _, entropy = self.reference.logprobs(completions)
+            logprobs, entropy = self.reference.logprobs(completions)
+        require_finite(logprobs, "reference", "log-prob")
         ends = segment_ends(entropy, completions.mask, completions.finished, self.cutoff)
         return mean_at_ends(self.token_scores(completions), ends, completions.mask)
 

@@ -56,7 +56,7 @@ class Store:
         """Touches nothing yet. ValueError if ``keep`` is below 1."""
         if keep < 1:
             raise ValueError(f"{folder}: keep = {keep} would leave no checkpoint: give 1 or more")
-        self.folder, self.keep, self._say = Path(folder), keep, say or logger.warning
+        self.folder, self.keep, self.say = Path(folder), keep, say or logger.warning
         self._skipped: list[Path] = []  # by load
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
@@ -117,7 +117,7 @@ class Store:
             except (ValueError, OSError, SafetensorError) as error:
                 faults.append(f"{path.name}: {error}")
                 self._skipped.append(path)
-                self._say(f"{path} is damaged and was skipped: {error}")
+                self.say(f"{path} is damaged and was skipped: {error}")
         if faults:
             raise ValueError(
                 f"{self.folder}: every checkpoint is damaged ({'; '.join(faults)}). Put a good copy in its place, or "
@@ -164,7 +164,7 @@ class Store:
     def _prune(self, newest: int) -> None:
         for step, path in self._steps():
             if step > newest:
-                self._say(f"{path} was given up: the run went on from before it and has saved step {newest}")
+                self.say(f"{path} was given up: the run went on from before it and has saved step {newest}")
             if step > newest or (step < newest and path in self._skipped):  # a damaged one is none of the kept
                 self._remove(path)
         for _, path in self._steps()[: -self.keep]:

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rto import config as recipe
-from rto.config import Config
+from rto.config import Config, Policy, Training
 from rto.data.rows import Rows, make_rows, make_tokenizer
 from rto.data.sources import write_rejected
-from rto.models.checkpoint import save_role
+from rto.models.checkpoint import fingerprint, save_role
+from rto.models.incidents import Incidents
 from rto.models.load import locate
 from rto.models.role import Role
 from rto.models.runtime import Runtime, peak_memory_mb
-from rto.models.saver import Saver
+from rto.models.saver import Saver, best_of
 from rto.models.store import Checkpoint, Store
 from rto.models.workshop import Workshop
 from rto.pipeline.stop import Stop, Stopped
@@ -28,6 +29,8 @@ from rto.report.watch import WatchedLog
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+MODELS = "models"  # in what a checkpoint was made from: the fingerprints of frozen models
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,8 @@ class Job:
             if step.name in done or (found := self.store(step.name).load()) is None:
                 continue
             self.begun[step.name] = found  # read and verified once a run
-            changed = self.changes(found.state["made_from"], step)
+            made_from = {key: value for key, value in found.state["made_from"].items() if key != MODELS}
+            changed = self.changes(made_from, step)
             if changed:
                 raise ValueError(
                     f"{self.folder}: stage {step.name} was begun with another recipe ({'; '.join(changed[:3])}). "
@@ -120,7 +124,9 @@ class Job:
             kept = {name: other for name, other in self.finished().items() if not other.get("redo")}
             record |= {"redo": step.redo, "inputs": step.inputs}
             write_json(self.folder / "stages.json", kept | {step.name: record})
-            self.store(step.name).clear()
+            store = self.store(step.name)
+            store.clear()
+            best_of(store).clear()
         self.runtime.wait()
         self.check_stop()
 
@@ -140,11 +146,40 @@ class Job:
         folder = self.folder / "checkpoints" / stage.replace("/", "_")
         return Store(folder, self.config.checkpoints.keep, self.progress.say)
 
-    def saver(self, every: int) -> Saver:
-        """Saves the stage that is being done."""
+    def saver(self, training: Training, frozen: dict[str, str] | None = None) -> Saver:
+        """Keeps the stage that is being done, whose settings are ``training``. ``frozen`` are the folders of the models
+        that it reads, by role.
+
+        Raises:
+            ValueError: the stage was begun with other models in a role.
+        """
         assert self.doing is not None
-        store, found = self.store(self.doing.name), self.begun.pop(self.doing.name, None)
-        return Saver(store, every, self.runtime, self.doing.inputs, lambda: self.stop.wanted, Stopped, found)
+        stage, checkpoints = self.doing.name, self.config.checkpoints
+        found = self.begun.pop(stage, None)
+        models = {role: fingerprint(place) if Path(place).is_dir() else place for role, place in (frozen or {}).items()}
+        others = [] if found is None else differences(found.state["made_from"].get(MODELS), models, MODELS)
+        others = [said.split()[0] for said in others]
+        if changed := [key for key in others if key not in self.allow_changed]:
+            raise ValueError(
+                f"{self.folder}: the weights behind {changed[0]} are not those that stage {stage} was begun with. Put "
+                f"them back, begin the stage again (delete {self.store(stage).folder}), or go on with these: "
+                f"--allow-changed {changed[0]}"
+            )
+        return Saver(
+            stage,
+            self.store(stage),
+            checkpoints.rl_every if isinstance(training, Policy) else checkpoints.every,
+            self.runtime,
+            self.log,
+            self.progress.say,
+            Incidents(self.folder / "incidents", lambda ids: str(self.tokenizer.decode(ids))),
+            self.doing.inputs | {MODELS: models},
+            lambda: self.stop.wanted,
+            Stopped,
+            self.config.nonfinite,
+            training.best,
+            found,
+        )
 
     def finished(self) -> dict[str, Any]:
         """The finished stages by name, with path, seconds and memory."""

@@ -20,7 +20,7 @@ from rto.models.segment import SegmentScorer
 from rto.models.workshop import Workshop, verify
 from rto.pipeline.job import Job
 from rto.pipeline.readers import adapter_name, make_reader
-from rto.pipeline.resolve import scorer_stage
+from rto.pipeline.resolve import guide_stage, scorer_stage
 from rto.policy import train as rl_loop
 from rto.preferences import PREFERENCE_LOSSES, REWARD_LOSSES, rebel
 from rto.preferences.cache import ReferenceCache, fingerprint
@@ -83,7 +83,7 @@ def prefer(job: Job, stage: str, settings: Prefer) -> str:
         log=job.log,
         progress=job.progress,
         held_out=held_out,
-        saver=job.saver(job.config.checkpoints.every),
+        saver=job.saver(settings, {"reference": job.base}),
     )
     if cache is not None:
         cache.save(job.runtime)
@@ -114,7 +114,7 @@ def _scorer(job: Job, stage: str, settings: Reward, pairs: Sequence[PairRow], se
         role = SegmentScorer(role, shop.reference(), settings.cutoff)
     loss = REWARD_LOSSES[settings.loss["type"]]
     objective = PairObjective(role, loss, _options(settings.loss), rows.encoder.pad)
-    _fit(job, stage, objective, pairs, settings, rows.test_pairs, seed)
+    _fit(job, stage, objective, pairs, settings, rows.test_pairs, seed, {"reference": job.base})
     chosen, rejected = objective.scores(rows.test_pairs, settings.reading_tokens)
     scores = torch.cat([chosen, rejected]).double()
     accuracy = ((chosen > rejected).double() + 0.5 * (chosen == rejected)).mean().item()
@@ -144,6 +144,11 @@ def rl(job: Job, name: str, policy: Policy, terms: list[Spec]) -> str:
     if policy.kl.ema is not None:
         reader.moving = shop.new_policy("moving")
         copy_weights(learner, reader.moving)
+    frozen = {"reference": job.base}
+    if reader.guide is not None:
+        frozen["guide"] = job.path(guide_stage(policy))
+    if reader.scorer is not None:
+        frozen["scorer"] = job.path(scorer_stage(policy))
     rl_loop.train(
         f"rl/{name}",
         learner,
@@ -157,7 +162,7 @@ def rl(job: Job, name: str, policy: Policy, terms: list[Spec]) -> str:
         progress=job.progress,
         demonstrations=rows.answers,
         oracle=judge_by_truth(token_rewards, rows.encoder) if isinstance(config.data, recipe.World) else None,
-        saver=job.saver(config.checkpoints.rl_every),
+        saver=job.saver(policy, frozen),
     )
     job.save(learner, f"rl/{name}")
     return f"rl/{name}"
@@ -184,6 +189,7 @@ def _fit(
     training: Any,
     held_out: Any = (),
     seed: int | None = None,
+    frozen: dict[str, str] | None = None,
 ) -> None:
     fit(
         stage,
@@ -195,5 +201,5 @@ def _fit(
         log=job.log,
         progress=job.progress,
         held_out=held_out,
-        saver=job.saver(job.config.checkpoints.every),
+        saver=job.saver(training, frozen),
     )

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from rto import rewards
 from rto.advantages import held, to_go
-from rto.batch import Completions, Signals
+from rto.batch import Completions, Rollouts, Signals
 from rto.config import Policy
-from rto.data.chat import Encoder, PromptRow
+from rto.data.chat import AnswerRow, Encoder, PromptRow
 from rto.data.collate import collate_prompts
+from rto.finite import NotFinite
+from rto.models.memory import Budget
 from rto.models.role import Role
 from rto.models.runtime import Runtime
 from rto.rollouts.generate import SeedName, generate
@@ -39,6 +41,15 @@ class Draw:
     greedy: Float[Tensor, "N T"]
     missing: int
 
+    @property
+    def places(self) -> list[tuple[int, str]]:
+        """Row and part of each answer (:func:`rto.finite.require_finite`)."""
+        return [(i, "answer") for i in range(len(self.asked))]
+
+    def answers(self) -> list[AnswerRow]:
+        """What was written, as rows of data."""
+        return answers(self.asked, self.completions)
+
 
 def draw(
     policy: Role,
@@ -50,11 +61,13 @@ def draw(
     seed: int,
     runtime: Runtime,
     greedy: bool,
+    budget: Budget,
 ) -> Draw:
     """``config.rollouts`` answers, ``config.group`` to each prompt. Row i's noise depends on seed, iteration and i.
+    ``budget`` bounds the passes without gradients.
 
     Raises:
-        FloatingPointError: a signal is not finite.
+        NotFinite: a signal is not finite.
         ValueError: more than ``config.max_missing`` of the answers have no reward, or none has one.
     """
     encoder = reader.encoder
@@ -63,18 +76,18 @@ def draw(
     mine = runtime.share(list(range(len(asked))))
     own = [asked[i] for i in mine]
     names: list[SeedName] = [("rollouts", iteration, i) for i in mine]
-    made = _answers(policy, own, names, config, encoder, seed, config.temperature)
-    parts = reader.read(made.completions, made.logprobs, policy, own)
-    if critic is not None:
-        parts["values"] = state_values(critic, made.completions, config.reading_tokens)
-    check_finite(parts, own, mine, f"of iteration {iteration + 1}")
-    parts["ids"] = made.completions.ids
-    parts = runtime.gather_rows(parts)
+
+    def work(tokens: int) -> dict[str, Tensor]:
+        made = _answers(policy, own, names, config, encoder, seed, config.temperature, tokens)
+        parts = _read(reader, made, policy, own, critic, tokens)
+        return parts | {"ids": made.completions.ids}
+
+    parts = runtime.gather_rows(budget.within(work))
 
     shape = parts["ids"].shape
     baseline, gone = torch.zeros(shape), missing(parts)
     if greedy:
-        found = _greedy(policy, chosen, reader, config, encoder, iteration, seed, runtime)
+        found = _greedy(policy, chosen, reader, config, encoder, seed, runtime, budget)
         baseline = found["greedy"].repeat_interleave(config.group, 0)
         gone |= found["missing"].repeat_interleave(config.group)
     lost = int(gone.sum())
@@ -102,7 +115,8 @@ def _answers(
     encoder: Encoder,
     seed: int,
     temperature: float,
-):
+    tokens: int,
+) -> Rollouts:
     return generate(
         policy,
         [row.ids for row in asked],
@@ -112,7 +126,7 @@ def _answers(
         end=encoder.end,
         pad=encoder.pad,
         temperature=temperature,
-        budget=config.reading_tokens,
+        budget=tokens,
     )
 
 
@@ -122,20 +136,50 @@ def _greedy(
     reader: Reader,
     config: Policy,
     encoder: Encoder,
-    iteration: int,
     seed: int,
     runtime: Runtime,
+    budget: Budget,
 ) -> dict[str, Tensor]:
     """``greedy`` [P, T]: reward-to-go, without KL, of the greedy answer to each prompt. ``missing`` [P]."""
     mine = runtime.share(list(range(len(asked))))
     own = [asked[i] for i in mine]
-    made = _answers(policy, own, [("greedy",)] * len(own), config, encoder, seed, 0.0)
-    parts = reader.read(made.completions, made.logprobs, policy, own)
-    check_finite(parts, own, mine, f"among the greedy ones of iteration {iteration + 1}")
+
+    def work(tokens: int) -> dict[str, Tensor]:
+        made = _answers(policy, own, [("greedy",)] * len(own), config, encoder, seed, 0.0, tokens)
+        return _read(reader, made, policy, own, None, tokens)
+
+    parts = budget.within(work)
     signals = Signals(**{name: part.nan_to_num() if name in EXTERNAL else part for name, part in parts.items()})
     total, _ = rewards.total(reader.terms, signals, 0.0)
     found = held(to_go(total, signals.mask), signals.mask, total.shape[1])
     return runtime.gather_rows({"greedy": found, "missing": missing(parts)})
+
+
+def _read(
+    reader: Reader, made: Rollouts, policy: Role, asked: Sequence[PromptRow], critic: Role | None, tokens: int
+) -> dict[str, Tensor]:
+    """What the roles say. Raises NotFinite with the answers as rows."""
+    c = made.completions
+    try:
+        reader.budget = tokens
+        parts = reader.read(c, made.logprobs, policy, asked)
+        if critic is not None:
+            parts["values"] = state_values(critic, c, tokens)
+        check_finite(parts)
+    except NotFinite as error:
+        rows = answers(asked, c)
+        raise error.named([(i, "answer") for i in range(len(rows))]).among(rows, range(len(rows))) from None
+    return parts
+
+
+def answers(asked: Sequence[PromptRow], completions: Completions) -> list[AnswerRow]:
+    """What was written, as rows of data."""
+    c = completions
+    ids = [row[mask].tolist() for row, mask in zip(c.ids, c.mask, strict=True)]
+    return [
+        AnswerRow(row.row, row.text, row.ids, answer, end)
+        for row, answer, end in zip(asked, ids, c.finished.tolist(), strict=True)
+    ]
 
 
 def prompts_of(prompts: Sequence[PromptRow], count: int, iteration: int, seed: int) -> list[PromptRow]:

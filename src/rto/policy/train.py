@@ -20,6 +20,7 @@ from rto.advantages import ADVANTAGES, reads
 from rto.batch import Completions
 from rto.config import Policy
 from rto.data.chat import AnswerRow, PromptRow
+from rto.finite import NotFinite, require_finite
 from rto.models.memory import Budget
 from rto.models.role import Role
 from rto.models.runtime import Runtime
@@ -32,7 +33,7 @@ from rto.policy.kl import KlController
 from rto.policy.metrics import reward_metrics
 from rto.policy.rollout import Draw, draw
 from rto.policy.scaling import RunningMoments, scale_rewards
-from rto.policy.update import Buffer, Learner, update
+from rto.policy.update import SKIPPED, Buffer, Learner, update
 from rto.report.log import RunLog
 from rto.rollouts.signals import Reader
 
@@ -75,7 +76,11 @@ def train(
 
     ``demonstrations`` are for ``config.ptx``. ``oracle`` scores answers only to be logged. Prompts, sampling noise
     and minibatches depend on ``seed`` and not on the method, so that methods are compared on the same draws. With a
-    ``saver`` the stage goes on where its newest checkpoint left it.
+    ``saver`` the stage goes on where its newest checkpoint left it, and a step that is not finite is left out.
+
+    Raises:
+        NotFinite: without a saver, or where the saver gives up; it names role, data row and token.
+        ValueError: as :func:`~rto.policy.rollout.draw`.
     """
     iterations = max(1, math.ceil(config.epochs * len(prompts) * config.group / config.rollouts))
     if config.max_steps:
@@ -91,59 +96,120 @@ def train(
         critic_optimizer,
         KlController(config.kl.coef, config.kl.target, config.kl.horizon),
     )
-    budget = Budget(config.micro_tokens, progress.say, alone=runtime.world == 1)
-    learner = Learner(policy, state.policy, critic, critic_optimizer, demonstrations, budget)
+    budget = Budget(config.micro_tokens, progress.say, runtime.gather_all)
+    reading = Budget(config.reading_tokens, progress.say, runtime.gather_all, "reading")
+    learner = Learner(policy, state.policy, budget, critic, critic_optimizer, demonstrations)
     wants_greedy = "greedy" in _wanted(config)
     moving = _moving(learner, reader.moving, state)
-    if saver is not None and saver.found is not None:
-        moving.restore(saver.found)
+    if saver is not None:
+        saver.begin(0, iterations, moving)
     progress.start(stage, iterations)
     while state.iteration < iterations:
         begun = time.perf_counter()
-        drawn = draw(policy, critic, reader, prompts, config, state.iteration, seed, runtime, wants_greedy)
-        signals, coef = drawn.signals, state.controller.coef
-        _, parts = rewards.total(
-            reader.terms, signals, coef if config.kl.place == "reward" else 0.0, config.kl.estimator
-        )
-        # Summed without KL: to take it off the total would leave its rounding, which a large KL makes large.
-        reward = sum((part for name, part in parts.items() if name != "kl"), torch.zeros_like(parts["kl"]))
+        drawn = None
+        try:
+            drawn = draw(policy, critic, reader, prompts, config, state.iteration, seed, runtime, wants_greedy, reading)
+            buffer, total, metrics = _rewarded(reader, drawn, config, state)
+        except NotFinite as error:
+            if saver is None:
+                raise
+            if saver.met(state.iteration + 1, error, moving):
+                continue  # from the last checkpoint
+            drawn, metrics = None, {SKIPPED: 1.0}
+        if drawn is not None:
+            try:
+                metrics |= _learn(learner, reader, drawn, buffer, metrics, config, state, seed, runtime, saver, moving)
+            except _WentBack:
+                continue
+        state.iteration += 1
+        if drawn is not None:
+            if oracle is not None:
+                truth = oracle(drawn.asked, drawn.completions)
+                metrics["oracle"] = sum(truth) / len(truth)
+            metrics["tokens_per_second"] = drawn.signals.mask.sum().item() / (time.perf_counter() - begun)
+            if state.iteration % config.samples_every == 1 % config.samples_every or state.iteration == iterations:
+                _log_samples(log, stage, state.iteration, drawn, total, reader)
+        log.metrics(stage, state.iteration, metrics)
+        runtime.track({f"{stage}/{key}": value for key, value in metrics.items()}, state.iteration)
+        progress.update(state.iteration, metrics)
+        if saver is not None:
+            saver.after(state.iteration, iterations, moving, metrics)
+    if saver is not None:
+        saver.finish(moving)
+    return state
+
+
+class _WentBack(Exception):
+    """Everything was put back to the last checkpoint."""
+
+
+def _rewarded(
+    reader: Reader, drawn: Draw, config: Policy, state: RlState
+) -> tuple[Buffer, Float[Tensor, "N T"], dict[str, float]]:
+    """An iteration's answers with token rewards and advantages, the token rewards, and their metrics.
+
+    Raises:
+        NotFinite: a reward or an advantage.
+    """
+    signals, coef = drawn.signals, state.controller.coef if config.kl.place == "reward" else 0.0
+    _, parts = rewards.total(reader.terms, signals, coef, config.kl.estimator)
+    # Summed without KL: to take it off the total would leave its rounding, which a large KL makes large.
+    reward = sum((part for name, part in parts.items() if name != "kl"), torch.zeros_like(parts["kl"]))
+    try:
+        require_finite(reward, "reward terms", "reward", drawn.places)
         if config.reward_scaling is not None or config.reward_clip is not None:
             reward = scale_rewards(reward, signals.mask, state.moments, config.reward_scaling, config.reward_clip)
         total = reward + parts["kl"]
-        metrics = reward_metrics(reader.terms, signals, total, parts)
         advantages, returns = _advantages(config, total, parts["kl"], drawn)
-        reference = signals.reference if signals.moving is None else signals.moving
-        buffer = Buffer(
-            drawn.completions,
-            signals.logprobs,
-            reference,
-            drawn.values,
-            advantages,
-            returns,
-            masked_sum(reward, signals.mask),
-            drawn.group,
-        )
-        metrics |= update(learner, buffer, config, coef, state.iteration, seed, runtime)
-        kl = metrics["kl" if config.kl.unit == "sequence" else "kl_per_token"]
-        metrics |= {"kl_coef": coef, "missing": drawn.missing / config.rollouts, **reader.measures()}
-        state.controller.update(kl, len(drawn.asked))
-        state.iteration += 1
-        if reader.moving is not None:
-            assert config.kl.ema is not None
-            ema_update(list(reader.moving.parameters()), list(policy.parameters()), config.kl.ema)
+        require_finite(advantages, "estimator", "advantage", drawn.places)
+    except NotFinite as error:
+        raise error.among(drawn.answers(), range(len(drawn.asked))) from None
+    buffer = Buffer(
+        drawn.completions,
+        signals.logprobs,
+        signals.reference if signals.moving is None else signals.moving,
+        drawn.values,
+        advantages,
+        returns,
+        masked_sum(reward, signals.mask),
+        drawn.group,
+        torch.arange(len(drawn.asked)),
+    )
+    return buffer, total, reward_metrics(reader.terms, signals, total, parts)
 
-        if oracle is not None:
-            truth = oracle(drawn.asked, drawn.completions)
-            metrics["oracle"] = sum(truth) / len(truth)
-        metrics["tokens_per_second"] = signals.mask.sum().item() / (time.perf_counter() - begun)
-        log.metrics(stage, state.iteration, metrics)
-        runtime.track({f"{stage}/{key}": value for key, value in metrics.items()}, state.iteration)
-        if state.iteration % config.samples_every == 1 or config.samples_every == 1 or state.iteration == iterations:
-            _log_samples(log, stage, state.iteration, drawn, total, reader)
-        progress.update(state.iteration, metrics)
-        if saver is not None:
-            saver.after(state.iteration, iterations, moving)
-    return state
+
+def _learn(
+    learner: Learner,
+    reader: Reader,
+    drawn: Draw,
+    buffer: Buffer,
+    metrics: dict[str, float],
+    config: Policy,
+    state: RlState,
+    seed: int,
+    runtime: Runtime,
+    saver: Saver | None,
+    moving: Moving,
+) -> dict[str, float]:
+    """The updates of one iteration, and what moves after them. Returns their metrics.
+
+    Raises:
+        NotFinite: without a saver, or where the saver gives up.
+    """
+
+    def met(error: NotFinite) -> None:
+        if saver is None:
+            raise error
+        if saver.met(state.iteration + 1, error.among(drawn.answers(), range(len(drawn.asked))), moving):
+            raise _WentBack
+
+    coef = state.controller.coef
+    found = update(learner, buffer, config, coef, state.iteration, seed, runtime, met)
+    state.controller.update(metrics["kl" if config.kl.unit == "sequence" else "kl_per_token"], len(drawn.asked))
+    if reader.moving is not None:
+        assert config.kl.ema is not None
+        ema_update(list(reader.moving.parameters()), list(learner.policy.parameters()), config.kl.ema)
+    return found | {"kl_coef": coef, "missing": drawn.missing / config.rollouts, **reader.measures()}
 
 
 def _moving(learner: Learner, follower: Role | None, state: RlState) -> Moving:

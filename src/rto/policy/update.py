@@ -15,6 +15,7 @@ from rto.batch import Completions, _Rows
 from rto.config import Policy
 from rto.data.chat import AnswerRow
 from rto.data.collate import micro_batches, trim
+from rto.finite import NotFinite, require_finite
 from rto.models.memory import Budget
 from rto.models.role import Role
 from rto.models.runtime import Runtime
@@ -29,6 +30,13 @@ from rto.seeds import shuffled
 
 Sums = dict[str, float]
 First = Callable[[int], Sums] | None
+Loss = Callable[["Buffer", float], tuple[Tensor, Sums]]
+SKIPPED = "skipped"  # optimiser steps that were not finite, of an iteration
+
+
+def refuse(error: NotFinite) -> None:
+    """No step may be left out."""
+    raise error
 
 
 @dataclass(frozen=True)
@@ -46,18 +54,19 @@ class Buffer(_Rows):
     returns: Float[Tensor, "N T"]
     rewards: Float[Tensor, " N"]
     group: Int[Tensor, " N"]
+    number: Int[Tensor, " N"]  # of the answer in the iteration
 
 
 @dataclass
 class Learner:
-    """Who learns. ``critic`` None: the estimator needs no values."""
+    """Who learns. ``critic`` None: the estimator needs no values. ``budget`` bounds a pass with gradients."""
 
     policy: Role
     policy_optimizer: Optimizer
+    budget: Budget
     critic: Role | None = None
     critic_optimizer: Optimizer | None = None
     demonstrations: Sequence[AnswerRow] = ()  # for the PTX mix
-    budget: Budget | None = None  # of a pass with gradients; None: the recipe's, and no second try
 
 
 def update(
@@ -68,13 +77,18 @@ def update(
     iteration: int,
     seed: int,
     runtime: Runtime,
+    met: Callable[[NotFinite], None] = refuse,
 ) -> dict[str, float]:
     """``config.updates`` passes over the buffer in minibatches: one optimiser step of policy and critic each.
+
+    ``met`` is told of a step that is not finite, whose row is the number of an answer; if it returns, the step is left
+    out, and ``skipped`` counts it.
 
     In the first ``config.critic.warmup`` iterations only the critic learns, where there is one. A pairwise
     loss keeps the two answers of a prompt together.
     """
     kept: dict[str, list[float]] = {}
+    skipped = 0.0
     pairwise = is_pairwise(LOSSES[config.loss["type"]])
     units = _pairs(buffer) if pairwise else [[i] for i in range(len(buffer))]
     size = config.batch // len(units[0]) if units else 1
@@ -88,18 +102,34 @@ def update(
                 fresh = epoch == 0 and start == 0
                 draw = partial(_ptx, learner, config, (seed, "ptx", iteration, epoch, start), runtime)
                 step = _pairwise_step if pairwise else _tokenwise_step
-                metrics |= step(learner, rows, config, kl_coef, runtime, fresh, draw if config.ptx else None)
+                work = partial(step, learner, rows, config, kl_coef, runtime, fresh, draw if config.ptx else None)
+                metrics |= _tried(work, rows, learner.policy_optimizer, met)
             if learner.critic is not None:
-                metrics |= _critic_step(learner, rows, config, runtime)
+                assert learner.critic_optimizer is not None
+                work = partial(_critic_step, learner, rows, config, runtime)
+                metrics |= _tried(work, rows, learner.critic_optimizer, met)
+            skipped += metrics.pop(SKIPPED, 0.0)
             for key, value in metrics.items():
                 kept.setdefault(key, []).append(value)
     if gaps := kept.get("policy/sampler_gap"):
         kept["policy/sampler_gap"] = gaps[:1]  # later minibatches see a policy that has moved on
     means = {key: sum(values) / len(values) for key, values in kept.items()}
+    if skipped:
+        means[SKIPPED] = skipped
     if learner.critic is not None:
         found = explained_variance(buffer.values, buffer.returns, buffer.completions.mask)
         means["value/explained_variance"] = found.item()
     return means
+
+
+def _tried(work: Callable[[], Sums], rows: Buffer, optimizer: Optimizer, met: Callable[[NotFinite], None]) -> Sums:
+    """What ``work`` measures, or one step that was left out."""
+    try:
+        return work()
+    except NotFinite as error:
+        optimizer.forget()
+        met(error if error.rows else error.named([(int(n), "answer") for n in rows.number]))
+        return {SKIPPED: 1.0}
 
 
 def _tokenwise_step(
@@ -115,10 +145,12 @@ def _tokenwise_step(
     def loss(part: Buffer, total: float) -> tuple[Tensor, Sums]:
         mask = part.completions.mask
         logprobs, entropy = policy.logprobs(part.completions, config.temperature)
+        require_finite(logprobs, "policy", "log-prob")
         old = logprobs.detach() if fresh else part.logprobs
         losses = loss_of(logprobs, old, part.advantages, **options)
         if config.kl.place == "loss":
             losses = losses + kl_coef * kl_loss(logprobs, part.reference, config.kl.estimator)
+        require_finite(torch.where(mask, losses, 0.0), "policy", "loss")
         with torch.no_grad():
             ratio, clip = ratios(logprobs, old), options.get("clip", math.inf)
             cut = (ratio > 1 + (options.get("clip_high") or clip)) | (ratio < 1 - clip)
@@ -127,7 +159,7 @@ def _tokenwise_step(
             sums |= {"policy/sampler_gap": torch.where(mask, logprobs - part.logprobs, 0.0).abs().sum()}
         return reduce(losses, mask, config.reduction, total), {key: value.item() for key, value in sums.items()}
 
-    return _policy_metrics(learner, rows, _accumulate(learner, policy, rows, loss, config, runtime, first))
+    return _policy_metrics(learner, rows, loss, config, runtime, first)
 
 
 def _pairwise_step(
@@ -140,6 +172,7 @@ def _pairwise_step(
     def loss(part: Buffer, total: float) -> tuple[Tensor, Sums]:
         mask = part.completions.mask
         logprobs, entropy = policy.logprobs(part.completions, config.temperature)
+        require_finite(logprobs, "policy", "log-prob")
         now = masked_sum(logprobs, mask)
         old = now.detach() if fresh else masked_sum(part.logprobs, mask)
         frozen = masked_sum(part.reference, mask)
@@ -149,18 +182,22 @@ def _pairwise_step(
             torch.tensor(kl_coef, device=now.device),
             **options,
         )
+        require_finite(losses, "policy", "loss", [(2 * i, "") for i in range(len(losses))])
         with torch.no_grad():
             sums = {"entropy": entropy.sum()}
             sums |= {"policy/moved": (old - now).sum()}
             sums |= {"policy/sampler_gap": torch.where(mask, logprobs - part.logprobs, 0.0).abs().sum()}
         return losses.sum() / (total / 2), {key: value.item() for key, value in sums.items()}
 
-    return _policy_metrics(learner, rows, _accumulate(learner, policy, rows, loss, config, runtime, first, unit=2))
+    return _policy_metrics(learner, rows, loss, config, runtime, first, unit=2)
 
 
-def _policy_metrics(learner: Learner, rows: Buffer, sums: Sums) -> Sums:
+def _policy_metrics(
+    learner: Learner, rows: Buffer, loss: Loss, config: Policy, runtime: Runtime, first: First, unit: int = 1
+) -> Sums:
     tokens = rows.completions.mask.sum().item()
-    norm, rate = learner.policy_optimizer.step()
+    sums = _accumulate(learner, learner.policy, rows, loss, config, runtime, first, unit)
+    norm, rate = _step(learner.policy_optimizer, "policy", rows, loss, runtime, unit)
     whole = ("loss", "policy/ptx_loss")
     metrics = {key: value if key in whole else value / tokens for key, value in sums.items()}
     metrics.pop("loss")
@@ -172,12 +209,31 @@ def _critic_step(learner: Learner, rows: Buffer, config: Policy, runtime: Runtim
     assert critic is not None and optimizer is not None
 
     def loss(part: Buffer, total: float) -> tuple[Tensor, Sums]:
-        losses = value_loss(critic.values(part.completions), part.values, part.returns, clip=config.critic.clip)
+        values = critic.values(part.completions)
+        require_finite(values, "critic", "value")
+        losses = value_loss(values, part.values, part.returns, clip=config.critic.clip)
         return reduce(losses, part.completions.mask, config.reduction, total), {}
 
     sums = _accumulate(learner, critic, rows, loss, config, runtime)
-    norm, _ = optimizer.step()
+    norm, _ = _step(optimizer, "critic", rows, loss, runtime)
     return {"value/loss": sums["loss"], "value/grad_norm": norm}
+
+
+def _step(
+    optimizer: Optimizer, role: str, rows: Buffer, loss: Loss, runtime: Runtime, unit: int = 1
+) -> tuple[float, float]:
+    """One optimiser step. Raises NotFinite that names the row whose gradient is not, where one alone is to blame."""
+
+    def backward(i: int) -> None:
+        at = optimizer.parameters[0].device
+        loss(_trim(rows.rows(slice(unit * i, unit * (i + 1)))).to(at), 1.0)[0].backward()
+
+    try:
+        return optimizer.step()
+    except NotFinite as error:
+        mine = runtime.share(list(range(len(rows) // unit)))
+        found = optimizer.blame(role, error, mine, backward, runtime.gather_all)
+        raise found.named([(unit * i, "answer") for i in range(len(rows))]) from None
 
 
 def _ptx(learner: Learner, config: Policy, draw: tuple, runtime: Runtime, budget: int) -> Sums:
@@ -188,7 +244,10 @@ def _ptx(learner: Learner, config: Policy, draw: tuple, runtime: Runtime, budget
     total = float(sum(map(objective.weight, batch)))
     mine, sums = runtime.share(batch), {"policy/ptx_loss": 0.0}
     for index in micro_batches([objective.size(row) for row in mine], budget):
-        loss, _ = objective.loss([mine[i] for i in index], total)
+        try:
+            loss, _ = objective.loss([mine[i] for i in index], total)
+        except NotFinite as error:
+            raise error.among(mine, index) from None
         (config.ptx * loss).backward()
         sums["policy/ptx_loss"] += loss.item()
     return sums
@@ -198,7 +257,7 @@ def _accumulate(
     learner: Learner,
     role: Role,
     rows: Buffer,
-    loss: Callable[[Buffer, float], tuple[Tensor, Sums]],
+    loss: Loss,
     config: Policy,
     runtime: Runtime,
     first: First = None,
@@ -219,7 +278,10 @@ def _accumulate(
         for index in micro_batches([int(lengths[i]) for i in mine], budget):
             chosen = [unit * mine[i] + k for i in index for k in range(unit)]
             part = _trim(rows.rows(torch.tensor(chosen))).to(role.backbone.device)
-            value, measured = loss(part, total)
+            try:
+                value, measured = loss(part, total)
+            except NotFinite as error:
+                raise error.named([(row, "answer") for row in chosen]) from None
             value.backward()
             for key, number in {"loss": value.item(), **measured}.items():
                 sums[key] = sums.get(key, 0.0) + number
@@ -229,8 +291,7 @@ def _accumulate(
         for p in role.parameters():
             p.grad = None
 
-    budget = learner.budget
-    sums = runtime.sum(work(config.micro_tokens) if budget is None else budget.within(work, undo))
+    sums = runtime.sum(learner.budget.within(work, undo))
     runtime.sum_gradients(role.parameters())
     return sums
 

@@ -6,8 +6,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rto.data.chat import ScoredRow
+from rto.data.chat import AnswerRow, ScoredRow
 from rto.data.collate import collate_completions, micro_batches
+from rto.finite import NotFinite, require_finite
+from rto.models.memory import Budget
 from rto.models.runtime import Runtime
 from rto.numerics import masked_sum
 from rto.preferences.cache import ReferenceCache
@@ -22,7 +24,6 @@ READABLE_GROUP = {
     "there": "[B, N], bool: the row has that answer",
     "baseline": "[B], mean log-ratio of mismatched prompts and answers of the global batch",
 }
-Answer = tuple[list[int], list[int], bool]  # prompt, answer, finished
 
 
 class GroupObjective(Compared):
@@ -39,7 +40,7 @@ class GroupObjective(Compared):
         return 1
 
     @torch.no_grad()
-    def prepare(self, batch: list[ScoredRow], budget: int, runtime: Runtime) -> None:
+    def prepare(self, batch: list[ScoredRow], budget: Budget, runtime: Runtime) -> None:
         """KTO's reference point: the mean of log pi - log pi_ref over mismatched pairs, the prompt of each row with
         the answers of the next one (of the last row: those of the first). A batch of one row, such as the rest at the
         end of a stage, has none and keeps that of the batch before.
@@ -57,26 +58,41 @@ class GroupObjective(Compared):
                 )
             return
         pairs = [
-            (row.prompt, answer, end)
+            AnswerRow(row.row, row.prompt_text, row.prompt, answer, end)
             for row, other in zip(batch, batch[1:] + batch[:1], strict=True)
             for answer, end in zip(other.answers, other.finished, strict=True)
         ]
-        mine, total = runtime.share(pairs), 0.0
-        for index in micro_batches([len(prompt) + len(answer) for prompt, answer, _ in mine], budget):
-            parts = self._parts([mine[i] for i in index], None)  # not cached: the next epoch mixes them anew
-            total += (parts[""] - parts["reference"]).sum().item()
-        self.baseline = runtime.sum({"total": total})["total"] / len(pairs)
+        mine = runtime.share(pairs)
+
+        def work(tokens: int) -> float:
+            total = 0.0
+            for index in micro_batches([len(pair.prompt) + len(pair.answer) for pair in mine], tokens):
+                rows = [mine[i] for i in index]
+                try:  # not cached: the next epoch mixes them anew
+                    parts = self._parts(rows, [(i, "answer") for i in range(len(rows))], None)
+                except NotFinite as error:
+                    raise error.among(mine, index) from None
+                total += (parts[""] - parts["reference"]).sum().item()
+            return total
+
+        self.baseline = runtime.sum({"total": budget.within(work)})["total"] / len(pairs)
 
     def loss(self, rows: list[ScoredRow], total: float) -> tuple[Tensor, Sums]:
         read = self._read(rows)
         losses = self.function(*(read[name] for name in self.wanted), **self.options)
+        require_finite(losses, self.trained, "loss")
         return losses.sum() / total, self._sums(read)
 
     def _read(self, rows: list[ScoredRow]) -> dict[str, Tensor]:
         device = self.role.backbone.device
-        flat = [(row.prompt, a, end) for row in rows for a, end in zip(row.answers, row.finished, strict=True)]
-        parts = self._parts(flat, self.cache)
-        parts["lengths"] = torch.tensor([len(answer) for _, answer, _ in flat], dtype=torch.float32, device=device)
+        flat = [
+            AnswerRow(row.row, row.prompt_text, row.prompt, answer, end)
+            for row in rows
+            for answer, end in zip(row.answers, row.finished, strict=True)
+        ]
+        of = [(i, f"answers.{k}") for i, row in enumerate(rows) for k in range(len(row.answers))]
+        parts = self._parts(flat, of, self.cache)
+        parts["lengths"] = torch.tensor([len(one.answer) for one in flat], dtype=torch.float32, device=device)
         parts["scores"] = torch.tensor([s for row in rows for s in row.scores], dtype=torch.float32, device=device)
         counts = torch.tensor([len(row.answers) for row in rows], device=device)
         there = torch.arange(int(counts.max()), device=device) < counts[:, None]
@@ -88,10 +104,13 @@ class GroupObjective(Compared):
             read["baseline"] = torch.full((len(rows),), self.baseline, device=device)
         return read
 
-    def _parts(self, flat: list[Answer], cache: ReferenceCache | None) -> dict[str, Tensor]:
-        prompts, answers, finished = (list(part) for part in zip(*flat, strict=True))
-        batch = collate_completions(prompts, answers, finished, self.pad).to(self.role.backbone.device)
-        return log_ratio_parts(self.role, self.reference, batch, list(zip(prompts, answers, strict=True)), cache)
+    def _parts(
+        self, flat: list[AnswerRow], of: list[tuple[int, str]], cache: ReferenceCache | None
+    ) -> dict[str, Tensor]:
+        prompts, answers = [row.prompt for row in flat], [row.answer for row in flat]
+        batch = collate_completions(prompts, answers, [row.finished for row in flat], self.pad)
+        batch = batch.to(self.role.backbone.device)
+        return log_ratio_parts(self.role, self.reference, batch, list(zip(prompts, answers, strict=True)), of, cache)
 
     @torch.no_grad()
     def _sums(self, read: dict[str, Tensor]) -> Sums:

@@ -17,6 +17,8 @@ from torch import Tensor
 from rto.batch import Completions, Pairs
 from rto.data.chat import AnswerRow, PairRow
 from rto.data.collate import collate_completions, collate_pairs, micro_batches
+from rto.finite import NotFinite, require_finite
+from rto.models.memory import Budget
 from rto.models.role import Role
 from rto.models.runtime import Runtime
 from rto.numerics import masked_sum, predicting, reduce, token_logprobs
@@ -64,7 +66,7 @@ class Objective(Protocol[Row]):
 class Prepared(Protocol[Row]):
     """An objective whose loss reads something of the whole global batch."""
 
-    def prepare(self, batch: list[Row], budget: int, runtime: Runtime) -> None:
+    def prepare(self, batch: list[Row], budget: Budget, runtime: Runtime) -> None:
         """Called once a batch, before its micro-batches, with the same batch on every process."""
 
 
@@ -86,6 +88,7 @@ class SftObjective:
             [r.prompt for r in rows], [r.answer for r in rows], [r.finished for r in rows], self.pad
         ).to(self.role.backbone.device)
         logprobs, _ = self.role.logprobs(batch)
+        require_finite(logprobs, "policy", "log-prob", [(i, "answer") for i in range(len(rows))])
         return reduce(sft(logprobs), batch.mask, "token", total), {}
 
 
@@ -113,6 +116,7 @@ class Compared:
         self.wanted = reads(loss)
         assert set(self.wanted) <= set(self.readable), f"{loss.__name__} reads what is not there: {self.wanted}"
         self.reference = reference_for(loss, reference, cache)
+        self.trained = "policy" if role.head is None else "scorer"
 
 
 class PairObjective(Compared):
@@ -129,6 +133,7 @@ class PairObjective(Compared):
     def loss(self, rows: list[PairRow], total: float) -> tuple[Tensor, Sums]:
         read = self._read(rows)
         losses = self.function(*(read[name] for name in self.wanted), **self.options)
+        require_finite(losses, self.trained, "loss")
         return losses.sum() / total, self._sums(read)
 
     @torch.no_grad()
@@ -145,26 +150,40 @@ class PairObjective(Compared):
         both = _both(pairs)
         read = {"margin": pairs.margin}
         read["chosen_length"], read["rejected_length"] = both.lengths.float().chunk(2)
+        of = [(i, side) for side in ("chosen", "rejected") for i in range(len(rows))]
         if self.role.head is not None:
-            read["chosen_score"], read["rejected_score"] = self.role.scores(both).chunk(2)
+            read["chosen_score"], read["rejected_score"] = self._scores(both, of).chunk(2)
             return read
         if KL & set(self.wanted):
-            found = self._with_kl(both)
+            found = self._with_kl(both, of)
         else:
             ids = [(row.prompt, row.chosen) for row in rows] + [(row.prompt, row.rejected) for row in rows]
-            found = log_ratio_parts(self.role, self.reference, both, ids, self.cache)
+            found = log_ratio_parts(self.role, self.reference, both, ids, of, self.cache)
         for name, values in found.items():
             suffix = f"_{name}" if name else ""
             read[f"chosen{suffix}"], read[f"rejected{suffix}"] = values.chunk(2)
         return read
 
-    def _with_kl(self, both: Completions) -> dict[str, Tensor]:
+    def _scores(self, both: Completions, of: Sequence[tuple[int, str]]) -> Tensor:
+        try:
+            scores = self.role.scores(both)
+        except NotFinite as error:  # of the reference, whose entropy cuts segments
+            raise error.named(of) from None
+        if not scores.isfinite().all():
+            with torch.no_grad():  # at which token it was first
+                require_finite(self.role.token_scores(both), "scorer", "score", of)
+            require_finite(scores, "scorer", "score", of)
+        return scores
+
+    def _with_kl(self, both: Completions, of: Sequence[tuple[int, str]]) -> dict[str, Tensor]:
         """As :func:`log_ratio_parts`, and the KL; each model reads the text once."""
         assert self.reference is not None
         with torch.no_grad():
             states = predicting(self.reference.hidden(both), both.ids.shape[1])
             frozen, _ = token_logprobs(states, both.ids, both.mask, self.reference.backbone.project)
+        require_finite(frozen, "reference", "log-prob", of)
         logprobs, kl = self.role.logprobs_and_kl(both, self.reference, states)
+        require_finite(logprobs, "policy", "log-prob", of)
         sums = {"": logprobs, "reference": frozen, "kl": kl}
         return {name: masked_sum(values, both.mask) for name, values in sums.items()}
 
@@ -238,11 +257,13 @@ def log_ratio_parts(
     reference: Role | None,
     batch: Completions,
     ids: Sequence[tuple[list[int], list[int]]],
+    of: Sequence[tuple[int, str]],
     cache: ReferenceCache | None = None,
 ) -> dict[str, Float[Tensor, " B"]]:
     """Summed log-probs of each answer under the role (key "") and, where there is one, the reference.
 
-    ``ids`` are the prompt and answer of each row of ``batch``: what the cache knows them by.
+    ``ids`` are the prompt and answer of each row of ``batch``: what the cache knows them by. ``of`` names them
+    (:func:`rto.finite.require_finite`).
     """
     found = {}
     if reference is not None:  # first, while no activations of the policy are held
@@ -250,10 +271,14 @@ def log_ratio_parts(
 
         @torch.no_grad()
         def compute() -> Tensor:
-            return masked_sum(frozen.logprobs(batch)[0], batch.mask)
+            logprobs, _ = frozen.logprobs(batch)
+            require_finite(logprobs, "reference", "log-prob", of)
+            return masked_sum(logprobs, batch.mask)
 
         found["reference"] = compute() if cache is None else cache.sums(ids, compute).to(batch.ids.device)
-    found[""] = masked_sum(role.logprobs(batch)[0], batch.mask)
+    logprobs, _ = role.logprobs(batch)
+    require_finite(logprobs, "policy", "log-prob", of)
+    found[""] = masked_sum(logprobs, batch.mask)
     return found
 
 

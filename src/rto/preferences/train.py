@@ -6,11 +6,11 @@ for step: rows of the global batch -> this process's share -> micro-batches -> l
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rto.config import Supervised
 from rto.data.collate import micro_batches
+from rto.finite import NotFinite
 from rto.models.memory import Budget
 from rto.models.role import Role
 from rto.models.runtime import Runtime
@@ -30,6 +31,8 @@ from rto.report.log import RunLog
 from rto.seeds import shuffled
 
 Row = TypeVar("Row")
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["Objective", "PairObjective", "SftObjective", "evaluate", "fit", "gradients", "objective_for"]
 
@@ -85,8 +88,10 @@ def fit(
     The rows of every epoch are shuffled by (seed, kind of stage, epoch): "prefer/kto" sees the order of
     "prefer". The last batch may be smaller.
 
+    A step whose loss or gradient is not finite is not taken; the saver decides how it goes on.
+
     Raises:
-        FloatingPointError: a loss or a gradient is not finite; the step is not taken, and the data rows are named.
+        NotFinite: without a saver, or where the saver gives up; it names role, data row and token.
     """
     wanted = max(1, round(training.epochs * len(rows)))
     if training.max_steps:
@@ -98,33 +103,40 @@ def fit(
     state = LoopState(Optimizer(objective.role.parameters(), training, training.lr, steps))
     moving = _moving(objective, state, beside)
     if saver is not None:
-        found = saver.found
-        if found is not None and before < found.step <= before + steps:
-            moving.restore(found)
-    budget = Budget(training.micro_tokens, progress.say, alone=runtime.world == 1)
+        saver.begin(before, before + steps, moving)
+    budget = Budget(training.micro_tokens, progress.say, runtime.gather_all)
     progress.start(stage, steps)
     while state.step < steps:
         begun = time.perf_counter()
         batch = [rows[i] for i in order[state.rows_seen : state.rows_seen + training.batch]]
-        loss, sums = budget.within(partial(_gradients_of, objective, batch, runtime), state.optimizer.forget)
         try:
-            norm, rate = state.optimizer.step()
-        except FloatingPointError as error:
-            raise FloatingPointError(f"{error}, in a batch with data rows {[_row(r) for r in batch]}") from error
+            loss, sums = gradients(objective, batch, budget, runtime)
+            norm, rate = _step(state.optimizer, objective, batch, runtime)
+        except NotFinite as error:
+            state.optimizer.forget()
+            if saver is None:
+                raise
+            if saver.met(before + state.step + 1, error, moving):
+                continue  # from the last checkpoint
+            values = {"skipped": 1.0}
+        else:
+            values = {"loss": loss, **{key: value / len(batch) for key, value in sums.items()}}
+            values |= {"lr": rate, "grad_norm": norm}
         state.step += 1
         state.rows_seen += len(batch)
-        tokens = sum(map(objective.size, batch))
-        values = {"loss": loss, **{key: value / len(batch) for key, value in sums.items()}}
-        values |= {"lr": rate, "grad_norm": norm, "epoch": state.rows_seen / len(rows)}
-        values["tokens_per_second"] = tokens / (time.perf_counter() - begun)
-        if state.step == steps and held_out:
+        values["epoch"] = state.rows_seen / len(rows)
+        values["tokens_per_second"] = sum(map(objective.size, batch)) / (time.perf_counter() - begun)
+        measured = state.step == steps or (training.eval_every and state.step % training.eval_every == 0)
+        if measured and held_out:
             values |= {f"eval_{key}": value for key, value in evaluate(objective, held_out, training, runtime).items()}
-        if state.step % training.log_every == 0 or state.step == steps:
+        if state.step % training.log_every == 0 or measured or "skipped" in values:
             log.metrics(stage, before + state.step, values)
             runtime.track({f"{stage}/{key}": value for key, value in values.items()}, before + state.step)
         progress.update(state.step, values)
         if saver is not None:
-            saver.after(before + state.step, before + steps, moving)
+            saver.after(before + state.step, before + steps, moving, values)
+    if saver is not None:
+        saver.finish(moving)
     return state
 
 
@@ -144,13 +156,28 @@ def _moving(objective: Objective[Row], state: LoopState, beside: Moving | None) 
     return Moving(weights, {"role": state.optimizer}, numbers, set_numbers)
 
 
-def _gradients_of(objective: Objective[Row], batch: list[Row], runtime: Runtime, budget: int) -> tuple[float, Sums]:
-    return gradients(objective, batch, budget, runtime)
+def _step(optimizer: Optimizer, objective: Objective[Row], batch: list[Row], runtime: Runtime) -> tuple[float, float]:
+    """One optimiser step. Raises NotFinite that names the row whose gradient is not, where one alone is to blame."""
+
+    def backward(i: int) -> None:
+        objective.loss([batch[i]], 1.0)[0].backward()
+
+    try:
+        return optimizer.step()
+    except NotFinite as error:
+        role = "policy" if objective.role.head is None else "scorer"
+        mine = runtime.share(list(range(len(batch))))
+        raise optimizer.blame(role, error, mine, backward, runtime.gather_all).among(batch, range(len(batch))) from None
 
 
-def gradients(objective: Objective[Row], batch: list[Row], budget: int, runtime: Runtime) -> tuple[float, Sums]:
+def gradients(objective: Objective[Row], batch: list[Row], budget: Budget, runtime: Runtime) -> tuple[float, Sums]:
     """Leave the whole batch's gradient on the role's parameters. Returns its loss and the metrics' sums."""
-    sums = _accumulate(objective, batch, budget, runtime, lambda loss: loss.backward())
+
+    def undo() -> None:
+        for p in objective.role.parameters():
+            p.grad = None
+
+    sums = _accumulate(objective, batch, budget, runtime, lambda loss: loss.backward(), undo)
     runtime.sum_gradients(objective.role.parameters())
     return sums.pop("loss"), sums
 
@@ -160,31 +187,38 @@ def evaluate(
     objective: Objective[Row], rows: Sequence[Row], training: Supervised, runtime: Runtime
 ) -> dict[str, float]:
     """Loss and mean metrics on rows that are not trained on."""
-    sums = _accumulate(objective, list(rows), training.reading_tokens, runtime, lambda loss: None)
+    budget = Budget(training.reading_tokens, logger.warning, runtime.gather_all, "reading")
+    baseline = getattr(objective, "baseline", None)
+    sums = _accumulate(objective, list(rows), budget, runtime, lambda loss: None)
+    if baseline is not None:  # that of the training batch, which a last batch of one row keeps
+        objective.baseline = baseline  # type: ignore[attr-defined]
     return {key: value if key == "loss" else value / len(rows) for key, value in sums.items()}
 
 
 def _accumulate(
-    objective: Objective[Row], batch: list[Row], budget: int, runtime: Runtime, each: Callable[[Tensor], None]
+    objective: Objective[Row],
+    batch: list[Row],
+    budget: Budget,
+    runtime: Runtime,
+    each: Callable[[Tensor], None],
+    undo: Callable[[], None] = lambda: None,
 ) -> Sums:
     """Loss and metrics of the whole batch, summed over micro-batches and processes."""
     total = sum(map(objective.weight, batch))
     if isinstance(objective, Prepared):
         objective.prepare(batch, budget, runtime)
     mine = runtime.share(batch)
-    sums: Sums = {}
-    for index in micro_batches([objective.size(row) for row in mine], budget):
-        rows = [mine[i] for i in index]
-        loss, part = objective.loss(rows, total)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss.item()} in a micro-batch with data rows {[_row(r) for r in rows]}"
-            )
-        each(loss)
-        for key, value in {"loss": loss.item(), **part}.items():
-            sums[key] = sums.get(key, 0.0) + value
-    return runtime.sum(sums)
 
+    def work(tokens: int) -> Sums:
+        sums: Sums = {}
+        for index in micro_batches([objective.size(row) for row in mine], tokens):
+            try:
+                loss, part = objective.loss([mine[i] for i in index], total)
+            except NotFinite as error:
+                raise error.among(mine, index) from None
+            each(loss)
+            for key, value in {"loss": loss.item(), **part}.items():
+                sums[key] = sums.get(key, 0.0) + value
+        return sums
 
-def _row(row: Any) -> Any:
-    return getattr(row, "row", "?")
+    return runtime.sum(budget.within(work, undo))

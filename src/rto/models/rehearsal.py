@@ -1,0 +1,230 @@
+"""A rehearsal: the code of a run on tensors that have a shape and no numbers, to see how much memory it will hold.
+
+Ghost tensors (PyTorch's fake tensors) go through models, losses, autograd and optimisers as real ones do, on the device
+that they pretend to be on. Whatever stays alive is therefore what would stay alive: nothing is estimated by formula.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import weakref
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from rto import config as recipe
+from rto.models.load import locate, scratch_network, without_dropout
+from rto.models.role import Backbone, Role
+from rto.models.workshop import Workshop
+
+Label = tuple[str, str]  # role, and what its bytes are: "weights", "gradients", ...
+
+
+class Glibc:
+    """The C library's heap, asked for the same blocks at the same moments, which are never written to and so take no
+    memory. Large blocks stay in it (:mod:`rto.models.runtime`), and it grows by the holes that nothing fits into."""
+
+    class _Info(ctypes.Structure):
+        _fields_ = [(f"field{i}", ctypes.c_size_t) for i in range(10)]
+
+    def __init__(self) -> None:
+        libc = ctypes.CDLL(None)
+        self._take, self._give, self._ask = libc.posix_memalign, libc.free, libc.mallinfo2
+        self._take.argtypes = [ctypes.POINTER(ctypes.c_void_p), ctypes.c_size_t, ctypes.c_size_t]
+        self._give.argtypes, self._ask.restype = [ctypes.c_void_p], self._Info
+
+    def take(self, size: int) -> int | None:
+        """A block aligned as PyTorch aligns its tensors; None where there is no room."""
+        place = ctypes.c_void_p()
+        return place.value if self._take(ctypes.byref(place), 64, max(1, size)) == 0 else None
+
+    def give(self, place: int | None) -> None:
+        if place is not None:
+            self._give(place)
+
+    def size(self) -> int:
+        """Bytes that the heap has from the system."""
+        return int(self._ask().field0)
+
+
+def heap_of(device: torch.device) -> Glibc | None:
+    """The heap that tensors on this device come from, where we know how it grows."""
+    known = device.type == "cpu" and platform.libc_ver()[0] == "glibc"
+    return Glibc() if known and hasattr(ctypes.CDLL(None), "mallinfo2") else None
+
+
+class Tally(TorchDispatchMode):
+    """Counts the bytes of all ghost tensors that are alive, by label, and keeps the count at their largest.
+
+    ``label`` is given to what comes into being. A tensor whose last dimension is ``vocabulary`` is logits. What is
+    read from a ghost is 1 (or true): losses and norms are finite.
+    """
+
+    def __init__(self, vocabulary: int, heap: Glibc | None = None) -> None:
+        super().__init__()
+        self.vocabulary, self.heap = vocabulary, heap
+        self.label: Label = ("pass", "activations")
+        self.live: Counter[Label] = Counter()
+        self.total = self.peak = 0
+        self.at_peak: dict[Label, int] = {}
+        self._known: dict[int, tuple[int, Label, int | None]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return True if args[0].dtype == torch.bool else 1.0 if args[0].dtype.is_floating_point else 1
+        out = func(*args, **(kwargs or {}))
+        for part in tree_leaves(out):
+            if isinstance(part, FakeTensor):
+                logits = part.dim() > 1 and part.shape[-1] == self.vocabulary
+                self.count(part, (self.label[0], "logits") if logits else self.label)
+        return out
+
+    def count(self, tensor: Tensor, label: Label, mapped: bool = False) -> None:
+        """Take a tensor into the count unless its memory is there already. ``mapped``: from a file, not from the
+        heap."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+        size = storage.nbytes()
+        place = self.heap.take(size) if self.heap is not None and not mapped else None
+        self._known[key] = (size, label, place)
+        self.total += size
+        self.live[label] += size
+        if self.total > self.peak:
+            self.peak, self.at_peak = self.total, dict(self.live)
+        weakref.finalize(storage, self._gone, key).atexit = False
+
+    def relabel(self, tensor: Tensor, label: Label) -> None:
+        key = tensor.untyped_storage()._cdata
+        if key in self._known:
+            size, before, place = self._known[key]
+            self._known[key] = (size, label, place)
+            self.live[before] -= size
+            self.live[label] += size
+
+    def _gone(self, key: int) -> None:
+        size, label, place = self._known.pop(key)
+        self.total -= size
+        self.live[label] -= size
+        if self.heap is not None:
+            self.heap.give(place)
+
+
+class GhostWorkshop(Workshop):
+    """Opens the roles of a stage as ghosts: no file of weights is read. A folder of a finished role may be missing; it
+    is what the recipe would put there."""
+
+    tally: Tally
+    fresh = False  # the next network is made in memory and not read from a file
+
+    def begin(self, tally: Tally) -> GhostWorkshop:
+        self.tally, self.mode, self.role = tally, FakeTensorMode(allow_non_fake_inputs=True), "policy"
+        return self
+
+    def open(self, role: str, kind: Literal["policy", "scorer"], trained: bool, folder: str | None = None) -> Role:
+        """A causal LM or a scorer, under the name of its role. ``folder``: a finished full model."""
+        self.role = role
+        full = self.model.lora is None or folder is not None
+        if kind == "scorer":
+            if not full:
+                return self._adapter(role, head=True)
+            opened = self._classifier(folder or self.base, trained)
+        elif not full:
+            return self._adapter(role, head=False)
+        else:
+            opened = Role(self._open(folder or self.base, "causal", trained))
+        return opened if trained else self._freeze(opened)
+
+    def reference(self) -> Role:
+        self.role = "reference"
+        return super().reference()
+
+    def _adapter(self, name: str, head: bool) -> Role:
+        role = super()._adapter(name, head)
+        for module in (role.backbone.network, *([role.head] if role.head is not None else [])):
+            self._ghost(module, "adapters", mapped=False)
+        return role
+
+    def _backbone(self) -> Backbone:
+        if self._shared is None:
+            self.role, role = "backbone", self.role
+            super()._backbone()
+            self.role = role
+        assert self._shared is not None
+        return self._shared
+
+    def _open(
+        self, name: str, kind: Literal["causal", "classifier"], trained: bool, lora: recipe.Lora | None = None
+    ) -> Backbone:
+        dtype = torch.float32 if trained else self.runtime.dtype(self.model.dtype)
+        with torch.device("meta"):
+            network = self._network(name, kind, dtype)
+        stored = getattr(network.config, "dtype", None) or torch.float32
+        mapped = not self.fresh and stored == dtype and self.runtime.device.type == "cpu"
+        self._ghost(network, "weights", mapped)
+        return self._wrap(network, name, lora)
+
+    def _network(self, name: str, kind: str, dtype: torch.dtype) -> Any:
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+        if not name:
+            assert isinstance(self.model, recipe.Scratch)
+            scratch = scratch_network(self.model, self.tokenizer, self.tokenizer.eos_token_id or 0, self.seed)
+            if kind == "causal":
+                return scratch.to(dtype)
+            settings = scratch.config
+        else:
+            settings = AutoConfig.from_pretrained(name, trust_remote_code=self._trust)
+        factory = AutoModelForCausalLM
+        if kind == "classifier":
+            factory, settings.num_labels = AutoModelForSequenceClassification, 1
+        options = {"dtype": dtype, "attn_implementation": self.model.attention, "trust_remote_code": self._trust}
+        return without_dropout(factory.from_config(settings, **options))
+
+    def _wrap(self, network: Any, name: str, lora: recipe.Lora | None = None) -> Backbone:
+        compute = self.runtime.dtype(self.model.dtype)
+        return Backbone(network, name, lora, compute, self.model.gradient_checkpointing)
+
+    def _ghost(self, module: nn.Module, kind: str, mapped: bool) -> None:
+        """Every tensor of the module that is not one yet becomes a ghost on the run's device; tied ones stay tied."""
+        made: dict[int, Tensor] = {}
+        for part in module.modules():
+            for table in (part._parameters, part._buffers):
+                for key, tensor in table.items():
+                    if tensor is None or isinstance(tensor, FakeTensor):
+                        continue
+                    if id(tensor) not in made:
+                        made[id(tensor)] = self._like(tensor, (self.role, kind), mapped)
+                    table[key] = made[id(tensor)]  # type: ignore[assignment]
+
+    def _like(self, tensor: Tensor, label: Label, mapped: bool) -> Tensor:
+        with self.mode:
+            ghost = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.runtime.device)
+        self.tally.count(ghost, label, mapped)
+        if not isinstance(tensor, nn.Parameter):
+            return ghost
+        return nn.Parameter(ghost, requires_grad=tensor.requires_grad)
+
+
+def watch_gradients(tally: Tally, parameters: Iterable[nn.Parameter], role: str) -> None:
+    """Gradients are counted as such as soon as they are whole."""
+
+    def whole(parameter: nn.Parameter) -> None:
+        if parameter.grad is not None:
+            tally.relabel(parameter.grad, (role, "gradients"))
+
+    for parameter in parameters:
+        parameter.register_post_accumulate_grad_hook(whole)
+
+
+def base_of(model: recipe.Pretrained | recipe.Packaged | recipe.Scratch) -> str:
+    """The name that :class:`GhostWorkshop` takes as its base; empty for a model from scratch."""
+    return "" if isinstance(model, recipe.Scratch) else locate(model)
