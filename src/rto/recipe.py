@@ -158,7 +158,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
             given = ""
         lines.append(f"{key or 'recipe'}: {message}{given}")
     if len(mistakes) > _LINES:
-        lines.append(f"recipe: and {len(mistakes) - _LINES} more mistakes")
+        lines.append(f"and {len(mistakes) - _LINES} more mistakes")
     return lines
 
 

@@ -155,7 +155,7 @@ def test_metrics_and_the_log_know_what_is_missing(world, tmp_path, scores):
         ("return [1.0, [float('inf')] * len(tokens[1])] + [1.0] * 6", 1.0, "row 1, token 0: inf is no finite"),
         ("return [1.0] * 7", 1.0, "loop_scores_0:score gave 7 rewards for 8 answers"),
         ("return [[1.0] * (len(tokens[0]) + 1)] + [1.0] * 7", 1.0, "row 0: .* token rewards for an answer of"),
-        ("return 1 / 0", 1.0, "reward function loop_scores_0:score failed: ZeroDivisionError"),
+        ("return 1 / 0", 1.0, "8 of 8 answers have no reward, not one is left"),
     ],
 )
 def test_a_reward_function_that_fails_stops_the_run(world, tmp_path, scores, body, allowed, said):
@@ -164,6 +164,15 @@ def test_a_reward_function_that_fails_stops_the_run(world, tmp_path, scores, bod
     with pytest.raises(ValueError, match=said):
         world.run(tmp_path / "run", roles, world.settings(max_missing=allowed), scores(body))
     assert equal(before, world.weights(roles.policy) + world.weights(roles.critic))
+
+
+def test_an_answer_for_which_the_function_raises_is_dropped_and_counted(world, tmp_path, scores, caplog):
+    """It raises for the third answer of every batch of eight; alone, for that prompt and answer."""
+    third = prompts_of(world.prompts, 8, 0, 0)[2].text
+    body = f"return [1 / (p != {third!r}) for p in prompts]"
+    rows = world.run(tmp_path / "run", world.roles(), world.settings(max_steps=1), scores(body))
+    assert rows[0]["missing"] == 1 / 8 and rows[0]["function_failures"] == 1
+    assert "failed: ZeroDivisionError: division by zero (for the answer" in caplog.text
 
 
 def test_as_many_as_allowed_may_be_missing(world, scores):

@@ -83,6 +83,7 @@ SICK = {
     "term-saturated": changed("reward_clip_share/implicit", 0.9),
     "truncated": changed("finished", lambda t: 1 - 0.8 * t),
     "missing-rewards": changed("missing", 0.05),
+    "left-out-steps": changed("skipped", 1.0),
 }
 
 
@@ -174,7 +175,7 @@ def test_short_stages(count):
     assert diagnose(healthy(count)) == []
     for rule, rows in SICK.items():
         early = {finding.rule for finding in diagnose(rows[:count])}
-        assert count > 4 or early <= {"kl-mismatch", "sampler-gap", "missing-rewards"}, rule
+        assert count > 4 or early <= {"kl-mismatch", "sampler-gap", "missing-rewards", "left-out-steps"}, rule
 
 
 def test_live_speaks_of_the_running_stage_at_its_last_row():

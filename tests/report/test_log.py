@@ -82,8 +82,14 @@ def test_a_whole_last_line_without_its_newline_is_kept(tmp_path):
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
 
 
-def test_a_broken_line_in_the_middle_is_an_error_with_its_number(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"stage": "a", "step": 1}\n[1]\n{"stage": "a", "step": 2}\n')
+@pytest.mark.parametrize(
+    "line",
+    ["[1]", '{"stage": "a"}', '{"stage": "a", "step": "1"}', '{"stage": "a", "step": true}', '{"stage": 3, "step": 1}']
+    + ["[" * 100_000],
+    ids=range(6),
+)
+def test_a_broken_line_in_the_middle_is_an_error_with_its_number(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"stage": "a", "step": 1}}\n{line}\n{{"stage": "a", "step": 2}}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
         read_metrics(tmp_path)
 

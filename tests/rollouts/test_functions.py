@@ -96,6 +96,18 @@ def test_an_error_inside_is_passed_on():
     assert isinstance(caught.value.__cause__, KeyError)
 
 
+def test_an_error_costs_the_answers_that_it_is_about():
+    """The batch fails as a whole, so each answer is asked about alone."""
+    said: list[str] = []
+    odd = ANSWERS[1]
+    given = lambda prompts, answers: [1.0 / (answer != odd) for answer in answers]  # noqa: E731
+    found = call_function(given, "mine:reward", PROMPTS, ANSWERS, TOKENS, said.append)
+    expected = call_function(lambda prompts, answers: [1.0] * len(answers), "mine:reward", PROMPTS, ANSWERS, TOKENS)
+    expected[1, : len(TOKENS[1])] = math.nan
+    torch.testing.assert_close(found, expected, equal_nan=True)
+    assert len(said) == 1 and "ZeroDivisionError" in said[0] and repr(odd) in said[0]
+
+
 # --- loading ------------------------------------------------------------------------------------------
 
 

@@ -64,7 +64,7 @@ class Tally(TorchDispatchMode):
     """Counts the bytes of all ghost tensors that are alive, by label, and keeps the count at their largest.
 
     ``label`` is given to what comes into being. A tensor whose last dimension is ``vocabulary`` is logits. What is
-    read from a ghost is 1 (or true): losses and norms are finite.
+    read from a ghost is 1, or true but for ``any``: losses and norms are finite, and nothing is not.
     """
 
     def __init__(self, vocabulary: int, heap: Glibc | None = None) -> None:
@@ -72,14 +72,18 @@ class Tally(TorchDispatchMode):
         self.vocabulary, self.heap = vocabulary, heap
         self.label: Label = ("pass", "activations")
         self.live: Counter[Label] = Counter()
-        self.total = self.peak = 0
+        self.total = self.peak = self.mapped = 0  # mapped: from files, at the peak of the rest as at any time
         self.at_peak: dict[Label, int] = {}
         self._known: dict[int, tuple[int, Label, int | None]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
-            return True if args[0].dtype == torch.bool else 1.0 if args[0].dtype.is_floating_point else 1
+            if args[0].dtype == torch.bool:
+                return not getattr(args[0], "of_any", False)
+            return 1.0 if args[0].dtype.is_floating_point else 1
         out = func(*args, **(kwargs or {}))
+        if func.overloadpacket is torch.ops.aten.any and isinstance(out, FakeTensor):
+            out.of_any = True  # type: ignore[attr-defined]
         for part in tree_leaves(out):
             if isinstance(part, FakeTensor):
                 logits = part.dim() > 1 and part.shape[-1] == self.vocabulary
@@ -97,6 +101,7 @@ class Tally(TorchDispatchMode):
         place = self.heap.take(size) if self.heap is not None and not mapped else None
         self._known[key] = (size, label, place)
         self.total += size
+        self.mapped += size if mapped else 0
         self.live[label] += size
         if self.total > self.peak:
             self.peak, self.at_peak = self.total, dict(self.live)
@@ -128,6 +133,20 @@ class GhostWorkshop(Workshop):
     def begin(self, tally: Tally) -> GhostWorkshop:
         self.tally, self.mode, self.role = tally, FakeTensorMode(allow_non_fake_inputs=True), "policy"
         return self
+
+    def vocabulary(self) -> int:
+        """Words of the model's output layer."""
+        with torch.device("meta"):
+            return int(self._network(self.base, "causal", torch.float32).get_output_embeddings().weight.shape[0])
+
+    def _other(self, model: recipe.Pretrained | recipe.Packaged | recipe.Scratch) -> GhostWorkshop:
+        name = locate(model)
+        if name not in self._others:
+            other = GhostWorkshop(model, name, self.tokenizer, self.runtime, self.seed)
+            self._others[name] = other.begin(self.tally)
+        found = self._others[name]
+        assert isinstance(found, GhostWorkshop)
+        return found
 
     def open(self, role: str, kind: Literal["policy", "scorer"], trained: bool, folder: str | None = None) -> Role:
         """A causal LM or a scorer, under the name of its role. ``folder``: a finished full model."""

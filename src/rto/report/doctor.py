@@ -129,6 +129,11 @@ RULES: dict[str, Rule] = {
         "A function or a server gives no reward for some answers, and they are dropped.",
         "See to the function or the server; policy.max_missing says how many stop the run.",
     ),
+    "left-out-steps": Rule(
+        symptoms.left_out,
+        "Losses, gradients or outputs of a model were not finite; those steps were not applied.",
+        "Read incidents/*.json (role, data row, token): a broken row, weights that overflow (dtype), a large lr.",
+    ),
     "at-chance": Rule(
         symptoms.at_chance,
         "The model does not tell chosen from rejected answers; well below one half the labels may be swapped.",

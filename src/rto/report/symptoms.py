@@ -275,6 +275,15 @@ def missing_rewards(c: Curves) -> Sign | None:
     return Sign(tail.mean > 0.2, tail.first, {"missing": tail.mean})
 
 
+def left_out(c: Curves) -> Sign | None:
+    """Steps that were not finite, among the last ones."""
+    skipped = c.get("skipped")
+    if skipped is None:
+        return None
+    share = len(skipped) / len(c.rows)
+    return Sign(share > 0.05, skipped.steps[0], {"steps left out": len(skipped), "share": share})
+
+
 # --- rules of preference training -------------------------------------------------------------------------
 
 

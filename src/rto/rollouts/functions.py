@@ -51,22 +51,49 @@ def load_function(name: str) -> Callable[..., Any]:
 
 
 def call_function(
-    function: Callable[..., Any], name: str, prompts: list[str], answers: list[str], tokens: list[list[str]]
+    function: Callable[..., Any],
+    name: str,
+    prompts: list[str],
+    answers: list[str],
+    tokens: list[list[str]],
+    failed: Callable[[str], None] | None = None,
 ) -> Float[Tensor, "B T"]:
     """``function(prompts, answers, tokens)``, or ``function(prompts, answers)``, as token rewards.
 
     ``tokens`` holds the text of each response token, T is the longest answer. See :func:`token_rewards` for what the
-    function may return. ``name`` is for messages.
+    function may return. ``name`` is for messages. Where the function raises it is asked again for each answer alone,
+    and the answers for which it raises then are missing; ``failed`` is told of each.
 
     Raises:
-        ValueError: the function raises, or returns something else.
+        ValueError: the function returns something else, or raises and there is no ``failed``.
     """
-    given = (prompts, answers, tokens) if _takes_tokens(function, name) else (prompts, answers)
+    takes_tokens, source = _takes_tokens(function, name), f"reward function {name}"
+
+    def ask(rows: slice) -> Any:
+        given = (prompts[rows], answers[rows], tokens[rows]) if takes_tokens else (prompts[rows], answers[rows])
+        try:
+            return function(*given)
+        except Exception as error:
+            raise _Failed(f"{source} failed: {type(error).__name__}: {error}") from error
+
+    lengths = [len(row) for row in tokens]
     try:
-        rewards = function(*given)
-    except Exception as error:
-        raise ValueError(f"reward function {name} failed: {type(error).__name__}: {error}") from error
-    return token_rewards(rewards, [len(row) for row in tokens], f"reward function {name}")
+        return token_rewards(ask(slice(None)), lengths, source)
+    except _Failed as error:
+        if failed is None:
+            raise ValueError(str(error)) from error.__cause__
+    rewards = torch.zeros(len(lengths), max(lengths, default=0))
+    for i, length in enumerate(lengths):
+        try:
+            rewards[i, :length] = token_rewards(ask(slice(i, i + 1)), [length], source)
+        except _Failed as error:
+            failed(f"{error} (for the answer {answers[i][:60]!r} alone)")
+            rewards[i, :length] = math.nan
+    return rewards
+
+
+class _Failed(Exception):
+    """What the user's function raised."""
 
 
 def token_rewards(rewards: Any, lengths: Sequence[int], source: str) -> Float[Tensor, "B T"]:

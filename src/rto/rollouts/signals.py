@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,8 @@ from rto.rollouts.functions import call_function, load_function
 from rto.rollouts.http import HttpScorer
 from rto.rollouts.score import logprobs_and_entropy, sentence_scores, token_logprobs, token_values
 from rto.segments import segment_ends, sentence_ends
+
+logger = logging.getLogger(__name__)
 
 EXTERNAL = ("function", "http")  # signals from outside, which may be missing
 
@@ -64,6 +67,7 @@ class Reader:
         self._options: dict[str, Spec] = {term["type"]: term for term in rewards.live(terms)}
         if "function" in self.needs:
             self._function = load_function(self._options["function"]["function"])
+        self._failures = 0  # answers for which the function raised, so far
         if "http" in self.needs:
             settings = self._options["http"]
             self._http = HttpScorer(settings["url"], settings["timeout"], settings["retries"], settings["batch"])
@@ -155,7 +159,8 @@ class Reader:
         answers = [self.encoder.decode(ids[mask].tolist()) for ids, mask in zip(c.ids, c.mask, strict=True)]
         if "function" in self.needs:
             name = self._options["function"]["function"]
-            parts["function"] = self._wide(call_function(self._function, name, asked, answers, tokens), c)
+            found = call_function(self._function, name, asked, answers, tokens, self._function_failed)
+            parts["function"] = self._wide(found, c)
         if "http" in self.needs:
             parts["http"] = self._wide(self._http.score(asked, answers, tokens), c)
         return parts
@@ -165,6 +170,11 @@ class Reader:
         """Padded to the width of the answers' tensors."""
         return torch.nn.functional.pad(values, (0, c.ids.shape[1] - values.shape[1]))
 
+    def _function_failed(self, said: str) -> None:
+        if not self._failures:
+            logger.warning("%s. Such answers are dropped; function_failures counts them, later ones are not said", said)
+        self._failures += 1
+
     def measures(self) -> dict[str, float]:
         """What is worth logging about the reading itself."""
         found: dict[str, float] = {}
@@ -172,6 +182,8 @@ class Reader:
             found["scorer_misaligned"] = self.scorer.role.misaligned
         if "http" in self.needs:
             found["http_failures"] = float(self._http.failures)
+        if self._failures:
+            found["function_failures"] = float(self._failures)
         return found
 
 
