@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import socket
 import subprocess
@@ -68,6 +69,31 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def two(*words: str) -> subprocess.Popen[str]:
+    """Two processes of one run. Not by `accelerate launch --cpu --num_processes 2`, which without mpirun starts one."""
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1"]
+    call = [sys.executable, *launcher, f"--master_port={free_port()}", *words]
+    settings = {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(call, env=os.environ | settings, stdout=pipe, stderr=pipe, text=True)
+
+
+def test_a_nan_on_one_process_is_left_out_by_both(tmp_path):
+    """The other process hears of it and does not wait for a part that never comes."""
+    recipe = tmp_path / "tiny.toml"
+    recipe.write_text(RECIPE)
+    script = str(Path(__file__).with_name("nan_on_one.py"))
+    with two(script, "sft", str(recipe), "--output", str(tmp_path / "run"), "--quiet") as process:
+        _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    rows = read_metrics(tmp_path / "run", "sft")
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert [row.get("skipped") for row in rows] == [None, 1.0, None, None, None]
+    (incident,) = (tmp_path / "run" / "incidents").glob("*.json")
+    found = json.loads(incident.read_text())
+    assert (found["role"], found["part"], found["token"], len(found["batch"])) == ("policy", "answer", 0, 3)
+
+
 def test_two_processes_equal_one(tmp_path):
     if not torch.distributed.is_gloo_available():
         pytest.skip("this torch has no gloo")
@@ -77,12 +103,7 @@ def test_two_processes_equal_one(tmp_path):
     def words(name: str) -> list[str]:
         return ["run", str(recipe), "--output", str(tmp_path / name), "--quiet"]
 
-    # Not `accelerate launch --cpu --num_processes 2`: without mpirun it starts one process.
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1"]
-    call = [sys.executable, *launcher, f"--master_port={free_port()}", "-m", "rto.cli", *words("two")]
-    settings = {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    pipe = subprocess.PIPE
-    with subprocess.Popen(call, env=os.environ | settings, stdout=pipe, stderr=pipe, text=True) as process:
+    with two("-m", "rto.cli", *words("two")) as process:
         said = io.StringIO()
         with contextlib.redirect_stdout(said):
             assert main(words("one")) == 0
