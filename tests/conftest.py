@@ -22,6 +22,8 @@ assert "rto" not in sys.modules, "rto was imported before the shape checks were 
 # PEP 484: an int may stand where a float is annotated.
 install_import_hook("rto", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
+sys.path.append(os.path.dirname(__file__))  # for mutate.py, which several folders of tests use
+
 torch.set_num_threads(1)  # models this small lose time by sharing work
 
 

@@ -77,7 +77,7 @@ def test_load_fills_in_the_published_settings(path):
         ("model.name", "HuggingFaceTB/SmolLM2-135M-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct"),
         ("data.pairs", "runs/my data, [1].jsonl", "runs/my data, [1].jsonl"),
         ("stages", '["sft", "prefer"]', ["sft", "prefer"]),
-        ("output", "", ""),
+        ("data.chat_template", "", ""),
     ],
 )
 def test_overrides(path, key, value, read):
@@ -166,7 +166,7 @@ def test_missing_tables_are_named():
         ({"reward": {"model": {"name": "x", "dtyp": 1}}}, "unknown key reward.model.dtyp, did you mean dtype?"),
         (
             {"evaluation": {"oracle": {"type": "model", "name": "x", "nam": "y"}}},
-            "unknown key evaluation.oracle.nam, did you mean name?; valid: name, type",
+            "unknown key evaluation.oracle.nam, did you mean name?; valid: name, trust_remote_code, type",
         ),
         # keys that are spelt like a type
         ({"files": 1}, "unknown key files, did you mean guides?; valid: baselines,"),
@@ -196,7 +196,7 @@ def test_every_mistake_has_a_line():
 @pytest.mark.parametrize(
     ("changes", "start", "given"),
     [
-        ({"policy": {"lr": "fast"}}, "policy.lr: Input should be a valid number", "'fast'"),
+        ({"policy": {"lr": "fast"}}, "policy.lr: this is no number", "'fast'"),
         ({"policy": {"lr": 0}}, "policy.lr: Input should be greater than 0", "0"),
         ({"policy": {"batch": 1.5}}, "policy.batch: Input should be a valid integer", "1.5"),
         ({"policy": {"kl": 3}}, "policy.kl: Input should be a valid dictionary", "3"),

@@ -10,7 +10,9 @@ from transformers import PreTrainedTokenizerFast
 
 from rto.config import Files
 from rto.data.chat import PLAIN_TEMPLATE, Encoder, encode_answers, encode_pairs, encode_prompts, load_template
+from rto.data.rows import make_tokenizer
 from rto.data.sources import Loaded, RejectedRow, TextAnswer, TextPair, TextPrompt
+from rto.recipe import build
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -133,6 +135,31 @@ def test_load_template(tmp_path):
     assert encoder(tokenizer).prompt(TALK) == before
     with pytest.raises(ValueError, match="data.chat_template: file not found: .*none.jinja"):
         load_template(tokenizer, Files(chat_template=str(tmp_path / "none.jinja")))
+
+
+@pytest.mark.parametrize(("content", "said"), [(b"\xff\xfe{", "not UTF-8"), (b" \n", "is empty")])
+def test_a_template_file_that_cannot_be_read_is_named(content, said, tmp_path):
+    (tmp_path / "t.jinja").write_bytes(content)
+    with pytest.raises(ValueError, match=f"data.chat_template = '.*t.jinja': {said}"):
+        load_template(letters(CHATML), Files(chat_template=str(tmp_path / "t.jinja")))
+    with pytest.raises(ValueError, match="data.chat_template: file not found: "):
+        load_template(letters(CHATML), Files(chat_template="~nobody/t.jinja"))
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"a": ', b"\xff", b"[" * 9000], ids=range(5))
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "config.json"])
+def test_a_damaged_tokenizer_is_told(name, content, tmp_path):
+    letters(eos_token="</s>").save_pretrained(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    config = build({"model": {"name": str(tmp_path)}, "data": {"pairs": "p.jsonl"}})
+    with pytest.raises(ValueError, match=f"model.name = '{tmp_path}': its tokenizer cannot be read .*: fetch it again"):
+        make_tokenizer(config, str(tmp_path))
+
+
+@pytest.mark.parametrize("fault", ["1 + 'a'", "1 // 0", "messages[9].content", "{}['a'].b", "range(10 ** 9)", "%"])
+def test_a_template_with_a_fault_is_refused(fault):
+    with pytest.raises(ValueError, match="the chat template fails on a conversation of user: .*--data.chat_template"):
+        encoder(letters("{{ " + fault + " }}", eos_token="</s>"))
 
 
 def test_a_conversation_that_the_template_refuses_names_file_and_row():

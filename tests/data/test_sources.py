@@ -197,7 +197,7 @@ def test_bom_blank_lines_and_unicode_line_ends(tmp_path):
         ("a.json", b'["\xff"]', "not JSON"),
         ("a.jsonl", b"", "has no rows"),
         ("a.json", b"[]", "has no rows"),
-        ("a.jsonl.gz", gzip.compress(b'{"prompt": "a"}' * 99)[:-12], "gzip file is damaged"),
+        ("a.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 99, mtime=0)[:-9], "gzip file is damaged after line 99"),
         ("a.json.gz", b"not gzip", "gzip file is damaged"),
         ("a.csv", b"prompt", "is none of .jsonl, .json, .parquet"),
         ("a.parquet", b"PAR0", "cannot be read as Parquet"),
@@ -207,10 +207,13 @@ def test_unreadable_files(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message) as caught:
         read_pairs(Files(pairs=str(tmp_path / name), on_bad_row="skip"))
-    assert name in str(caught.value)
+    assert str(caught.value).startswith("data.pairs") and name in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["prefs.jsonl", "no/such/prefs", "./prefs", "owner/prefs.json.gz"])
+MISSING = ["prefs.jsonl", "no/such/prefs", "./prefs", "owner/prefs.json.gz", "~nobody/prefs.jsonl", "./" + "p" * 5000]
+
+
+@pytest.mark.parametrize("name", MISSING, ids=range(len(MISSING)))
 def test_missing_file(name):
     with pytest.raises(ValueError, match="file not found.*looked for /"):
         read_pairs(Files(pairs=name))
@@ -298,6 +301,26 @@ def test_bad_rows_are_counted_with_number_and_reason(tmp_path):
     write_rejected(tmp_path / "rejected_rows.jsonl", loaded.rejected)
     written = (tmp_path / "rejected_rows.jsonl").read_text().splitlines()
     assert [RejectedRow(**json.loads(line)) for line in written] == loaded.rejected
+
+
+def test_scores_too_far_apart_are_no_margin(tmp_path):
+    """Each is finite, their difference is not."""
+    record = PLAIN | {"score_chosen": 1.5e308, "score_rejected": -1.5e308}
+    loaded = read_pairs(Files(pairs=save(tmp_path / "p.jsonl", PLAIN, record), on_bad_row="skip"))
+    (bad,) = loaded.rejected
+    assert (bad.row, bad.reason) == (2, "wrong_type")
+    assert bad.detail == "score_chosen - score_rejected is inf, not a finite number"
+
+
+def test_what_a_row_holds_is_quoted_on_one_short_line(tmp_path):
+    """Keys and roles of a file go into messages and logs: they must not steer a terminal or fill a screen."""
+    odd = {"prompt": "hi", "\x1b[2J\n": "a", "\ud83d": "b", "k" * 9000: "c"}
+    role = PLAIN | {"prompt": [{"role": "\x07" + "r" * 9000, "content": "hi"}]}
+    loaded = read_pairs(Files(pairs=save(tmp_path / "p.jsonl", PLAIN, odd, role), on_bad_row="skip"))
+    missing, unknown = (bad.detail for bad in loaded.rejected)
+    assert missing.startswith(r"chosen (keys found: prompt, \x1b[2J\n, \ud83d, kkk") and missing.endswith("kkk)")
+    assert unknown.startswith(r"unknown role '\x07rrr") and unknown.endswith("in prompt, message 1")
+    assert all(text.isprintable() and len(text) < 350 for text in (missing, unknown))
 
 
 def test_bad_rows_are_an_error_unless_skipped(tmp_path):

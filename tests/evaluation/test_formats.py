@@ -121,6 +121,12 @@ def test_a_json_array_is_read_too(tmp_path):
         ("mtbench", MTBENCH | {"turns": ["one"]}, "category and two turns"),
         ("mtbench", MTBENCH | {"question_id": "81"}, "whole question_id"),
         ("mtbench", {"question_id": 81, "turns": ["a", "b"]}, "category"),
+        ("mtbench", MTBENCH | {"turns": "ab"}, "turns is not a list of two"),
+        ("mtbench", MTBENCH | {"turns": ["a", " "]}, "turn 2 is empty"),
+        ("alpaca", {"instruction": " "}, "instruction is empty"),
+        ("alpaca", {"instruction": "\ud83d"}, "row 1: .*undecodable: instruction"),
+        ("arena", {"uid": "\ud83d", "prompt": "Hi"}, "row 1: .*undecodable: uid"),
+        ("arena", {"\x1b[2J": "Hi"}, r"found the keys \\x1b\[2J"),
         ("jsonl", {"text": "Hi"}, "prompt or messages"),
         ("jsonl", {"prompt": " "}, "the prompt is empty"),
         ("csv", {"prompt": "Hi"}, "format 'csv' is unknown: jsonl, alpaca"),
@@ -144,11 +150,15 @@ def test_a_question_stands_once(tmp_path):
         ("[1, 2]", "row 1: int, not an object"),
         ('{"a": 1}\n7\n', "row 2: int, not an object"),
         ("\n\n", "no rows"),
+        ('{"a": "\udcff"}', "broken.jsonl: not JSON .*can't decode byte 0xff"),  # not UTF-8
+        ('{"a": 1}\n' + "[" * 100_000, "broken.jsonl, line 2: not JSON"),  # deeper than the parser goes
+        ("[" * 100_000, "broken.jsonl: not JSON"),
     ],
+    ids=range(8),
 )
 def test_a_broken_file_is_named(tmp_path, text, said):
     path = tmp_path / "broken.jsonl"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(ValueError, match=said):
         read_records(path)
     with pytest.raises(ValueError, match="file not found"):

@@ -9,7 +9,7 @@ advantage estimator or a policy loss belong to its function: here they are a :da
 from __future__ import annotations
 
 import re
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
@@ -25,6 +25,7 @@ __all__ = [
 ]  # fmt: skip
 
 Main = TypeVar("Main", bound=BaseModel)
+Momentum = Annotated[float, Field(ge=0, lt=1)]
 Stage = Literal["sft", "prefer", "reward", "rl", "evaluate", "report"]
 STAGES: tuple[Stage, ...] = ("sft", "prefer", "reward", "rl", "evaluate", "report")
 
@@ -41,10 +42,10 @@ class Training(Section):
 
     lr: float = Field(5e-7, gt=0)
     batch: int = Field(128, ge=1)
-    epochs: float = Field(1.0, gt=0)
+    epochs: float = Field(1.0, gt=0, le=1e6)
     max_steps: int | None = Field(None, ge=1)
     optimizer: Literal["adamw", "adam"] = "adamw"
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Momentum, Momentum] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -218,7 +219,7 @@ class Config(Section):
     seed: int = Field(0, ge=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
-    stages: list[Stage] = list(STAGES)
+    stages: list[Stage] = Field(list(STAGES), min_length=1)
     checkpoints: Checkpoints = Checkpoints()
     nonfinite: NonFinite = NonFinite()
     model: Model
@@ -237,9 +238,25 @@ class Config(Section):
     def _names(cls, named: dict[str, Any]) -> dict[str, Any]:
         """Names become folders of the run and adapters of a model."""
         for name in named:
-            if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", name):
-                raise ValueError(f"{name!r} is no name: letters, digits, - and _ make one, and - is not the first")
+            if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}", name):
+                raise ValueError(
+                    f"{name!r} is no name: up to 64 letters, digits, - and _ make one, and - is not the first"
+                )
         return named
+
+    @field_validator("stages")
+    @classmethod
+    def _once(cls, stages: list[Stage]) -> list[Stage]:
+        if len(set(stages)) < len(stages):
+            raise ValueError(f"a stage is named twice in {stages}")
+        return stages
+
+    @field_validator("output")
+    @classmethod
+    def _a_path(cls, output: str) -> str:
+        if not output or "\0" in output:
+            raise ValueError(f"{output!r} is no folder")
+        return output
 
     @model_validator(mode="after")
     def _together(self):

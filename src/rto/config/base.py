@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, field_validator
+from pydantic_core import PydanticCustomError
 
 Spec = dict[str, Any]
 # Types of options: a recipe is refused where a number is out of bounds.
@@ -18,7 +20,25 @@ Whole = Annotated[int, Field(ge=0)]
 class Section(BaseModel):
     """A table of the recipe: unknown keys fail, values never change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_rewriting(cls, value: Any, info: Any) -> Any:
+        """pydantic would take "5" and true for numbers."""
+        kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
+        if kinds & {int, float} and isinstance(value, (str, bool)) and type(value) not in kinds:
+            raise PydanticCustomError("number", "this is no number")
+        return value
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that a field may have: the parts of its union, and the types of literals."""
+    if get_origin(annotation) is Literal:
+        return {type(value) for value in get_args(annotation)}
+    if get_origin(annotation) in (Union, UnionType):
+        return set().union(*map(_kinds, get_args(annotation)))
+    return {annotation}
 
 
 def tagged(default: str) -> Discriminator:

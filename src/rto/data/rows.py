@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
@@ -18,7 +19,7 @@ from rto.data.chat import (
     encode_scored,
     load_template,
 )
-from rto.data.layouts import Prompt
+from rto.data.layouts import Prompt, plain
 from rto.data.sources import Loaded, RejectedRow, read_answers, read_pairs, read_prompts, read_scored, split_rows
 from rto.data.worlds import world_rows, world_tokenizer
 
@@ -50,7 +51,7 @@ def make_tokenizer(config: recipe.Config, name: str | None) -> PreTrainedTokeniz
     """The policy's tokenizer, with its chat template: the world's own, or that of the model ``name`` (None: scratch).
 
     Raises:
-        ValueError: there is no such model, or it does not go with the data.
+        ValueError: there is no such model, its files are damaged, or it does not go with the data.
     """
     if name is None:
         if isinstance(config.data, recipe.World):
@@ -61,8 +62,11 @@ def make_tokenizer(config: recipe.Config, name: str | None) -> PreTrainedTokeniz
     trust = isinstance(config.model, recipe.Pretrained) and config.model.trust_remote_code
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
-    except OSError as error:
-        raise ValueError(f"model.name = {name!r}: no such folder, and no hub model that can be reached") from error
+    except Exception as error:  # a damaged file of it ends in whatever its readers raise, here or in tokenizers
+        if isinstance(error, OSError) and not os.path.isdir(name):
+            raise ValueError(f"model.name = {name!r}: no such folder, and no hub model that can be reached") from error
+        told = plain(f"{type(error).__name__}: {error}")
+        raise ValueError(f"model.name = {name!r}: its tokenizer cannot be read ({told}): fetch it again") from error
     if isinstance(config.data, recipe.Files):
         load_template(tokenizer, config.data)
     elif tokenizer.get_vocab() != world_tokenizer().get_vocab():

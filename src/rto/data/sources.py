@@ -99,13 +99,10 @@ def read_pairs(config: Files) -> Loaded[TextPair]:
     if config.pairs is None:
         raise ValueError("data.pairs is missing: name a file or a data set, for example --data.pairs prefs.jsonl")
     layout = config.layout if config.layout in ("trl", "hh", "sharegpt") else None
-
-    def make(row: int, record: Record) -> TextPair:
-        prompt, chosen, rejected, margin = layouts.pair(record, layout)
-        return TextPair(row, prompt, chosen, rejected, margin)
-
     recognised = layouts.has_pair if layout is None else None
-    return _read(config, "pairs", config.pairs, make, recognised)
+    return _read(
+        config, "pairs", config.pairs, lambda row, record: TextPair(row, *layouts.pair(record, layout)), recognised
+    )
 
 
 def read_prompts(config: Files) -> Loaded[TextPrompt]:
@@ -132,11 +129,13 @@ def read_scored(config: Files) -> Loaded[TextScored]:
     """The scored answers of ``config.scored``. Raises as :func:`read_pairs`."""
     if config.scored is None:
         raise ValueError("data.scored is missing: name a file or a data set, for example --data.scored scored.jsonl")
-
-    def make(row: int, record: Record) -> TextScored:
-        return TextScored(row, *layouts.scored_of(record))
-
-    return _read(config, "scored", config.scored, make, layouts.has_scored)
+    return _read(
+        config,
+        "scored",
+        config.scored,
+        lambda row, record: TextScored(row, *layouts.scored_of(record)),
+        layouts.has_scored,
+    )
 
 
 def write_rejected(path: str | Path, rejected: Iterable[RejectedRow]) -> None:
@@ -316,9 +315,10 @@ def _hub(name: str, split: str, key: str) -> Iterator[tuple[int, Any]]:
     try:
         rows = datasets.load_dataset(name, split=split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        known = ", ".join(EXTENSIONS)
         raise ValueError(
             f"data.{key}: there is no file {plain(repr(name))}, and no data set of that name with split "
-            f"{plain(repr(split))} could be loaded ({plain(str(error))}). Give a local file ({', '.join(EXTENSIONS)}), or "
-            "check data.split and the connection"
+            f"{plain(repr(split))} could be loaded ({plain(str(error))}). Give a local file ({known}), or check "
+            "data.split and the connection"
         ) from error
     return enumerate(rows, 1)

@@ -144,7 +144,7 @@ def _numbers(path: Path, name: str | None) -> Annotations:
 def write_json(path: str | Path, value: Any) -> None:
     """Strict JSON: one array or one object."""
     text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
-    Path(path).write_text(text + "\n", encoding="utf-8")
+    Path(path).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")  # a lone surrogate's JSON escape
 
 
 def write_leaderboard(path: str | Path, rows: Mapping[str, tuple[WinRates, LengthControlled | None]]) -> None:

@@ -104,7 +104,7 @@ def write_judgments(path: str | Path, judgments: Sequence[Judgment], layout: Sco
             row = {"question_id": judgment.uid, "model": judgment.model, "judge": judgment.judge}
         lines.append(json.dumps(row | {"games": games}, ensure_ascii=False) + "\n")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text("".join(lines), encoding="utf-8")
+    Path(path).write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
 
 
 # --- answers and their style --------------------------------------------------------------------------

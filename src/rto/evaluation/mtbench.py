@@ -152,7 +152,7 @@ def write_single(path: str | Path, rows: Sequence[Row]) -> None:
             "tstamp": row["tstamp"],
         }
         lines.append(json.dumps(official, ensure_ascii=False) + "\n")
-    Path(path).write_text("".join(lines), encoding="utf-8")
+    Path(path).write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
 
 
 def summarise(rows: Sequence[Row], categories: Mapping[int, str] | None = None) -> dict[str, dict[str, Any]]:
@@ -277,4 +277,6 @@ def read_pairs(path: str | Path) -> list[Row]:
 
 def write_pairs(path: str | Path, rows: Sequence[Row]) -> None:
     """``JUDGE_pair.jsonl``."""
-    Path(path).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    Path(path).write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8", errors="backslashreplace"
+    )

@@ -26,7 +26,8 @@ class Incidents:
         path = self.folder / f"{number:04d}-{stage.replace('/', '_')}-step-{step}.json"
         found: dict[str, Any] = {"stage": stage, "step": step, **asdict(error.culprit), **self.place(error)}
         found["batch"] = [self.record(row) for row in error.rows]
-        path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", errors="replace")
+        text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")  # a lone surrogate's JSON escape
         return path
 
     def place(self, error: NotFinite) -> dict[str, Any]:

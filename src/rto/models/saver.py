@@ -112,8 +112,8 @@ class Saver:
     nonfinite: NonFinite = field(default_factory=NonFinite)
     best: Best | None = None
     found: Checkpoint | None = None
+    writer: Writer = field(default_factory=Writer)
     state: SaverState = field(init=False, default_factory=SaverState)
-    writer: Writer = field(init=False, default_factory=Writer)
 
     def begin(self, first: int, last: int, moving: Moving) -> None:
         """To be called before a loop over the steps after ``first``, to ``last``: it goes on from a checkpoint of one

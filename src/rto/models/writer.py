@@ -30,11 +30,15 @@ class Writer:
         if self._thread is not None and not self._thread.is_alive():
             self.wait()
 
-    def wait(self) -> None:
-        """Until the work is done. Raises what it raised."""
+    def settle(self) -> None:
+        """Until the work is done, whatever came of it."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+
+    def wait(self) -> None:
+        """Until the work is done. Raises what it raised."""
+        self.settle()
         error, self._error = self._error, None
         if error is not None:
             raise error

@@ -149,7 +149,7 @@ def _judge(job: Job, shop: Workshop, truth: contest.Truth | None) -> tuple[conte
         server = HttpScorer(settings.url, settings.timeout, settings.retries, settings.batch)
         return contest.judge_by_words(server.score, job.rows.encoder), f"the server {settings.url}"
     same_vocabulary(job.tokenizer, load_tokenizer(settings.name), "oracle", settings.name)
-    model = recipe.Pretrained(name=settings.name)
+    model = recipe.Pretrained(name=settings.name, trust_remote_code=settings.trust_remote_code)
     own = Workshop(model, settings.name, job.tokenizer, job.runtime, job.config.seed)
     return contest.judge_by(own.open_scorer(settings.name, "oracle", None, trained=False), budget), settings.name
 

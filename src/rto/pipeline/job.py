@@ -23,6 +23,7 @@ from rto.models.runtime import Runtime, peak_memory_mb
 from rto.models.saver import Saver, best_of
 from rto.models.store import Checkpoint, Store
 from rto.models.workshop import Workshop
+from rto.models.writer import Writer
 from rto.pipeline.stop import Stop, Stopped
 from rto.report.log import Progress
 from rto.report.watch import WatchedLog
@@ -59,6 +60,7 @@ class Job:
     started: bool = field(init=False, default=False)  # before that nothing is written
     stop: Stop = field(init=False, default_factory=Stop)
     doing: Step | None = field(init=False, default=None)
+    writer: Writer = field(init=False, default_factory=Writer)
     begun: dict[str, Checkpoint] = field(init=False, default_factory=dict)  # by stage, until the stage has begun
 
     def __post_init__(self) -> None:
@@ -116,7 +118,10 @@ class Job:
         else:
             self.log.drop_stage(step.name)
         self.doing = step
-        path = step.work(self)
+        try:
+            path = step.work(self)
+        finally:
+            self.writer.settle()  # whoever comes next may write there
         self.runtime.wait()
         if self.runtime.main:
             record = {"path": path, "seconds": time.perf_counter() - begun, "peak_memory_mb": peak_memory_mb()}
@@ -179,6 +184,7 @@ class Job:
             self.config.nonfinite,
             training.best,
             found,
+            self.writer,
         )
 
     def finished(self) -> dict[str, Any]:
