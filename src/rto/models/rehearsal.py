@@ -198,11 +198,11 @@ class GhostWorkshop(Workshop):
             assert isinstance(self.model, recipe.Scratch)
             scratch = scratch_network(self.model, self.tokenizer, self.tokenizer.eos_token_id or 0, self.seed)
             if kind == "causal":
-                return scratch.to(dtype)
+                return scratch.to(dtype)  # type: ignore[arg-type]
             settings = scratch.config
         else:
             settings = AutoConfig.from_pretrained(name, trust_remote_code=self._trust)
-        factory = AutoModelForCausalLM
+        factory: Any = AutoModelForCausalLM
         if kind == "classifier":
             factory, settings.num_labels = AutoModelForSequenceClassification, 1
         options = {"dtype": dtype, "attn_implementation": self.model.attention, "trust_remote_code": self._trust}

@@ -272,6 +272,14 @@ def _verify(folder: Path, step: int) -> None:
             raise ValueError(f"{name} is not what was written: its SHA-256 differs")
 
 
+def flush_all(folder: Path) -> None:
+    """Bring every file below ``folder``, and the folders' lists of names, to the disk."""
+    for path in sorted(folder.rglob("*"), reverse=True):  # files before the folders that name them
+        _flush(path)
+    _flush(folder)
+    _flush(folder.parent)
+
+
 def _make(folder: Path) -> None:
     """``mkdir -p`` whose every new folder survives a power cut."""
     if not folder.exists():
@@ -280,9 +288,9 @@ def _make(folder: Path) -> None:
         _flush(folder.parent)
 
 
-def _flush(folder: Path) -> None:
-    """Bring a folder's list of names to the disk."""
-    number = os.open(folder, os.O_RDONLY)
+def _flush(path: Path) -> None:
+    """Bring a file, or a folder's list of names, to the disk."""
+    number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from rto.models.load import locate
 from rto.models.role import Role
 from rto.models.runtime import Runtime, peak_memory_mb
 from rto.models.saver import Saver, best_of
-from rto.models.store import Checkpoint, Store
+from rto.models.store import Checkpoint, Store, flush_all
 from rto.models.workshop import Workshop
 from rto.models.writer import Writer
 from rto.pipeline.stop import Stop, Stopped
@@ -109,6 +110,8 @@ class Job:
         done = self.finished().get(step.name)
         if done is not None and not self.changes(done["inputs"], step):
             self.progress.say(f"{step.name}: done before, in {self.folder / done['path']}")
+            if self.runtime.main:
+                self._clear(step.name)  # a kill may have come before it
             return
         begun = time.perf_counter()
         if step.name in self.begun:
@@ -129,11 +132,22 @@ class Job:
             kept = {name: other for name, other in self.finished().items() if not other.get("redo")}
             record |= {"redo": step.redo, "inputs": step.inputs}
             write_json(self.folder / "stages.json", kept | {step.name: record})
-            store = self.store(step.name)
-            store.clear()
-            best_of(store).clear()
+            self._clear(step.name)
         self.runtime.wait()
         self.check_stop()
+
+    def _clear(self, stage: str) -> None:
+        """Remove the checkpoints of a finished stage."""
+        store = self.store(stage)
+        store.clear()
+        best_of(store).clear()
+
+    def tell(self, text: str) -> None:
+        """A line that --quiet does not hide."""
+        if self.progress.enabled:
+            self.progress.say(text)
+        elif self.runtime.main:
+            print(text, file=sys.stderr, flush=True)
 
     def check_stop(self) -> None:
         """Raises Stopped when any process was asked to end; for work between two steps that is not saved in parts."""
@@ -149,7 +163,7 @@ class Job:
     def store(self, stage: str) -> Store:
         """The checkpoints of a stage that is not finished."""
         folder = self.folder / "checkpoints" / stage.replace("/", "_")
-        return Store(folder, self.config.checkpoints.keep, self.progress.say)
+        return Store(folder, self.config.checkpoints.keep, self.tell)
 
     def saver(self, training: Training, frozen: dict[str, str] | None = None) -> Saver:
         """Keeps the stage that is being done, whose settings are ``training``. ``frozen`` are the folders of the models
@@ -176,7 +190,7 @@ class Job:
             checkpoints.rl_every if isinstance(training, Policy) else checkpoints.every,
             self.runtime,
             self.log,
-            self.progress.say,
+            self.tell,
             Incidents(self.folder / "incidents", lambda ids: str(self.tokenizer.decode(ids))),
             self.doing.inputs | {MODELS: models},
             lambda: self.stop.wanted,
@@ -236,6 +250,7 @@ class Job:
             others = (i for i in self.tokenizer.all_special_ids if i != encoder.end)
             pad = encoder.pad if encoder.pad != encoder.end else next(others, encoder.pad)
             save_role(role, self.folder / stage, self.tokenizer, pad)
+            flush_all(self.folder / stage)  # on the disk before stages.json says so
         self.runtime.wait()
 
 
@@ -247,9 +262,16 @@ class _Nothing:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """All of it or nothing."""
+    """All of it or nothing, also after a power cut."""
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    try:
+        with partial.open("wb") as file:
+            file.write(text.encode("utf-8", "backslashreplace"))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror}: {path} could not be written") from error
     os.replace(partial, path)
 
 

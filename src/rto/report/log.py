@@ -76,8 +76,13 @@ class RunLog:
         row = {"stage": stage, "step": step, **{key: _finite(key, part, nonfinite) for key, part in values.items()}}
         if nonfinite:
             row["nonfinite"] = nonfinite
-        with open(self.folder / name, "ab") as file:
-            file.write(_line(row).encode())
+        try:
+            with open(self.folder / name, "ab") as file:
+                file.write(_line(row).encode())
+        except OSError as error:
+            place = self.folder / name
+            said = f"{error.strerror}: {place} takes no more rows. Make room, then give the same command again"
+            raise OSError(error.errno, said) from error
 
 
 def read_metrics(folder: Path | str, stage: str | None = None) -> list[Row]:

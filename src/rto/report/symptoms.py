@@ -169,7 +169,8 @@ def entropy_explosion(c: Curves) -> Sign | None:
 
 
 def length_hacking(c: Curves) -> Sign | None:
-    """Without an oracle the evidence is a term that pays for length."""
+    """Length and reward rise, and the oracle does not, or most of the reward's rise is a term that pays for length.
+    Without an oracle a term that pays for length is enough."""
     length, reward = c.get("length", TREND), c.reward(TREND)
     if length is None or reward is None:
         return None
@@ -182,10 +183,21 @@ def length_hacking(c: Curves) -> Sign | None:
     if oracle is not None:
         start, now = oracle.head(), oracle.tail()
         evidence |= {"oracle at the start": start.mean, "oracle": now.mean}
-        return None if rises(start, now, 2.0) else Sign(rises(now, start), after.first, evidence)
+        if not rises(start, now, 2.0):
+            return Sign(rises(now, start), after.first, evidence)
     paid = {name: series.tail().mean for name, series in c.each("reward_length_correlation")}
-    paid = {name: value for name, value in paid.items() if value > 0.3}
+    if oracle is None:
+        paid = {name: value for name, value in paid.items() if value > 0.3}
+    else:
+        risen = reward.tail().mean - reward.head().mean
+        paid = {name: value for name, value in paid.items() if value > 0.8 and _rise(c, name) > 0.5 * risen}
     return Sign(False, after.first, evidence | paid) if paid else None
+
+
+def _rise(c: Curves, name: str) -> float:
+    """By how much the term rose whose correlation with length is called ``name``."""
+    term = c.get(f"reward/{name.partition('/')[2]}", TREND)
+    return term.tail().mean - term.head().mean if term is not None else 0.0
 
 
 def reward_hacking(c: Curves) -> Sign | None:
