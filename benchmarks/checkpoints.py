@@ -55,11 +55,12 @@ def row(name: str, lora: Lora | None, folder: Path, repeats: int) -> str:
     waits, writes = [], []
     for step in range(1, repeats + 2):
         begun = time.perf_counter()
-        saver.after(step, repeats + 2, moving, {})
+        saver.after(step, repeats + 2, moving)
         waits.append(time.perf_counter() - begun)
         saver.writer.wait()
         writes.append(time.perf_counter() - begun)
-    held = sum(t.numel() * t.element_size() for t in moving.tensors().values())
+    tensors = [*role.parameters(), *optimizer.tensors().values()]
+    held = sum(t.numel() * t.element_size() for t in tensors)
     disk = sum(path.stat().st_size for path in (folder / f"step-{repeats + 1:08d}").iterdir())
     cells: list[Any] = [name, size(held), size(disk), seconds(waits[1:]), seconds(writes[1:])]  # the first: a warm-up
     return f"| {' | '.join(cells)} |"

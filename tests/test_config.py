@@ -21,8 +21,14 @@ from rto.recipe import build
         ({"model": {"type": "scratch", "hidden": 30, "heads": 4}}, "hidden = 30 is not a multiple of 2 x heads = 8"),
         ({"model": {"type": "package", "package": "../x"}}, "'../x' is no name of a Python package"),
         ({"nonfinite": {"skip": -1}}, "nonfinite.skip"),
-        ({"sft": {"best": {"metric": "eval_loss"}}}, "set eval_every"),
-        ({"prefer": {"best": {"metric": "loss"}, "rounds": {"count": 2}}}, "leave one of them out"),
+        ({"prefer": {"best": {"metric": "eval_loss"}}}, "set eval_every"),
+        (
+            {"prefer": {"best": {"metric": "eval_loss"}, "eval_every": 2, "rounds": {"count": 2}}},
+            "leave one of them out",
+        ),
+        ({"prefer": {"best": {"metric": "loss"}}}, "'loss' is not of held-out rows"),
+        ({"sft": {"best": {"metric": "loss"}}}, "unknown key sft.best"),
+        ({"policy": {"best": {"metric": "policy/loss"}}}, "is not of answers"),
     ],
 )
 def test_values_that_torch_or_the_disk_would_refuse_later(changes, said):

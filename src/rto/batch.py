@@ -80,6 +80,15 @@ class Completions(_Rows):
 
 
 @dataclass(frozen=True)
+class Siblings(Completions):
+    """2B completions, of which rows i and B + i have the same prompt: a model may read it once for both."""
+
+    def rows(self, index: Tensor | slice) -> Completions:  # type: ignore[override]
+        """Plain completions: a choice of rows need not hold pairs."""
+        return Completions(self.prompt, self.ids, self.mask, self.finished).rows(index)
+
+
+@dataclass(frozen=True)
 class Pairs(_Rows):
     """Two answers to one prompt, the first preferred. ``margin`` is how much better it is (0: unknown)."""
 

@@ -23,13 +23,17 @@ VERBS = {
 }
 RESUME = "go on with a run that was cut: the same as `rto run` on its folder"
 # Verbs with a module of their own, rto.commands.NAME with HELP, add(parser) and run(known).
-COMMANDS = ("compare", "judge", "alpaca", "arena", "mtbench", "rewardbench", "doctor", "resume-check", "serve-scorer")
+COMMANDS = (
+    *("plan", "compare", "judge", "alpaca", "arena", "mtbench", "rewardbench"),
+    *("doctor", "resume-check", "serve-scorer"),
+)
 GENERATE = "answers of a policy of a run"
-FLAGS = ("--dry-run", "--quiet", "--fit-normaliser", "--help")  # every other --word of a stage is a key of the recipe
+# Every other --word of a stage, and of plan, is a key of the recipe.
+FLAGS = ("--dry-run", "--quiet", "--fit-normaliser", "--json", "--help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 done, 1 failed on the way, 2 wrong input, 130 interrupted."""
+    """Exit codes: 0 done, 1 failed on the way, 2 wrong input, 3 a plan that does not fit, 75 and 130 stopped."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         code = _do(arguments)
@@ -45,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"rto: {error}", file=sys.stderr)
         return 1
     except FloatingPointError as error:
-        print(f"rto: training stopped, nothing was saved after it: {error}", file=sys.stderr)
+        print(f"rto: training stopped: {error}", file=sys.stderr)
         return 1
     except Exception as error:
         # Named by its module, so that --help and wrong input need not import the pipeline.
@@ -72,7 +76,7 @@ def _do(arguments: list[str]) -> int:
         raise ValueError(f"unknown verb {verb!r}{nearest(verb, known_verbs)}; known: {', '.join(known_verbs)}")
     if verb == "generate":
         return _generate(parser.parse_args(arguments))
-    if verb in COMMANDS:
+    if verb in COMMANDS and verb != "plan":  # which takes overrides
         _calm()
         return int(_command(verb).run(parser.parse_args(arguments)))
     words, changes = overrides(arguments)
@@ -82,6 +86,10 @@ def _do(arguments: list[str]) -> int:
     known, rest = parser.parse_known_args(words)
     if rest:
         raise ValueError(f"{rest[0]!r} is no override: write --key value, for example --policy.kl.coef 0.02")
+    if verb == "plan":
+        config = _read(known.recipe, changes)
+        _calm()
+        return int(_command(verb).show(config, json=known.json))
     allowed = [value for key, value in changes if key == "allow-changed"]
     return _stages(known, [change for change in changes if change[0] != "allow-changed"], allowed)
 
@@ -103,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in {**VERBS, "resume": RESUME}.items():
         verb = verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
         verb.add_argument("recipe", help="a recipe (TOML) or the folder of a run")
-        verb.add_argument("--dry-run", action="store_true", help="print the resolved recipe, the plan and its memory")
+        verb.add_argument("--dry-run", action="store_true", help="what `rto plan` prints")
         verb.add_argument("--quiet", action="store_true", help="no progress")
         if name == "reward":
             text = "fit the location-aware normaliser of every segment scorer"
@@ -169,12 +177,20 @@ def _read(path: str, changes: list[tuple[str, str]]) -> Any:
     """A recipe, or the resolved recipe of a run folder."""
     from rto import recipe
 
-    folder = Path(path)
-    if not folder.is_dir():
+    if not os.path.isdir(path):  # not Path.is_dir, which raises for a name that is too long
         return recipe.load(path, changes)
-    if not (folder / "config.json").exists():
+    folder = Path(path)
+    saved = folder / "config.json"
+    if not saved.exists():
         raise ValueError(f"{folder}: no config.json there: not a run folder")
-    table = json.loads((folder / "config.json").read_text())
+    try:
+        table = json.loads(saved.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{saved} is damaged ({type(error).__name__}): give the recipe and --output {folder}"
+        ) from error
+    if not isinstance(table, dict):
+        raise ValueError(f"{saved} is no recipe: give the recipe and --output {folder}")
     table["output"] = str(folder)
     for key, value in changes:
         recipe.put(table, key, value)
@@ -189,10 +205,7 @@ def _stages(known: argparse.Namespace, changes: list[tuple[str, str]], allowed: 
 
     stages = None if known.verb in ("run", "resume") else [known.verb]
     if known.dry_run:
-        from rto.pipeline.plan import describe
-
-        print(describe(config, stages))
-        return 0
+        return int(_command("plan").show(config, stages))
     folder = pipeline.run(config, stages, known.quiet, getattr(known, "fit_normaliser", False), allowed)
     summary = tables.summary(folder)
     if summary and os.environ.get("RANK", "0") == "0":  # of several processes one speaks

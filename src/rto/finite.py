@@ -23,6 +23,8 @@ class Culprit:
     row: int | None = None
     part: str = ""
     token: int | None = None
+    bad: int = 0  # rows of the pass with such a number, and all its rows
+    rows: int = 0
 
 
 class NotFinite(FloatingPointError):
@@ -64,7 +66,8 @@ def require_finite(values: Tensor, role: str, quantity: str, of: Sequence[tuple[
         first, *token = bad.nonzero()[0].tolist()
         value = str(values.detach()[(first, *token)].item())
         row, part = of[first] if of is not None else (first, "")
-        raise NotFinite(Culprit(role, quantity, value, row, part, token[0] if token else None))
+        count = int(bad.flatten(1).any(-1).sum() if bad.dim() > 1 else bad.sum())
+        raise NotFinite(Culprit(role, quantity, value, row, part, token[0] if token else None, count, len(bad)))
 
 
 def _told(culprit: Culprit, rows: Sequence[Any]) -> str:
@@ -75,4 +78,6 @@ def _told(culprit: Culprit, rows: Sequence[Any]) -> str:
         places.append(f"data rows {', '.join(str(row.row) for row in rows[:8])}{', ...' if len(rows) > 8 else ''}")
     places += [c.part] if c.part else []
     places += [f"token {c.token}"] if c.token is not None else []
+    if c.rows > 1:
+        places.append(f"{c.bad} of {c.rows} rows" + (": the weights are suspect" if c.bad == c.rows else ""))
     return f"the {c.quantity} of the {c.role} is {c.value}" + (f" ({', '.join(places)})" if places else "")

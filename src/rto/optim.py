@@ -71,7 +71,13 @@ class Optimizer:
         found = None
         for row in rows:
             self.forget()
-            backward(row)
+            try:
+                backward(row)
+            except NotFinite:
+                found = row
+                break
+            except (RuntimeError, MemoryError):  # the others wait below; this row stays unknown
+                continue
             if not all(p.grad is None or p.grad.isfinite().all() for p in self.parameters):
                 found = row
                 break

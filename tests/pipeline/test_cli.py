@@ -67,7 +67,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(world_recipe, here):
     assert (shown.code, shown.err) == (0, "")
     assert list(here.iterdir()) == []
     resolved, sections = parts_of(shown.out)
-    assert list(sections) == ["data", "stages", "weights"]
+    assert list(sections) == ["data", "checks", "stages", "memory", "disk", "verdict"]
     assert resolved["policy"]["kl"]["coef"] == 0.02
     assert resolved["policy"]["loss"] == {"type": "ppo", "clip": 0.2, "clip_high": None, "dual": None}  # spelled out
     assert resolved["prefer"]["loss"] == {"type": "dpo", "beta": 0.1, **DPO}
@@ -83,7 +83,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(world_recipe, here):
     assert sections["stages"][0] == "sft: 3 steps of 16 rows, lr 0.01"
     assert "2 iterations of 8 rollouts, 1 x 2 updates each" in sections["stages"][4]
     assert "implicit(scale 0.05, clip 0.05) + terminal(scale 1, clip 10), KL 0.02 (k1) in the" in sections["stages"][4]
-    assert "GiB of weights, gradients and optimiser state" in sections["weights"][-1]
+    assert sections["verdict"][0].startswith("fits:")
 
 
 def test_a_dry_run_of_one_verb_shows_its_stage(world_recipe, here):

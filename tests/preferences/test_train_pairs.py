@@ -88,6 +88,7 @@ def test_the_kl_is_that_of_whole_distributions(world, nudged, settings):
 
 def test_each_model_reads_the_text_once(world, nudged):
     goal = objective(world, nudged)
+    assert goal.role.backbone.forks and goal.reference.backbone.forks  # tried now, with passes of its own
     policy, reference = calls(goal.role), calls(goal.reference)
     goal.loss(world.rows.pairs[:4], 4)
     assert (len(policy), len(reference)) == (1, 1)
@@ -192,6 +193,7 @@ def trained(world, nudged, folder, cache: ReferenceCache | None, rows=None) -> t
     """Loss and weights after two epochs of DPO, and the passes of its reference."""
     goal = objective(world, nudged, dpo)
     goal.cache = cache
+    assert goal.role.backbone.forks and goal.reference.backbone.forks  # tried now, with passes of its own
     seen = calls(goal.reference)
     training = Supervised(lr=1e-3, batch=4, epochs=2)
     log, progress = RunLog(folder), Progress(enabled=False)

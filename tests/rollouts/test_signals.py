@@ -267,5 +267,7 @@ def test_what_is_missing_excuses_its_own_row_alone(world):
     parts["scores"][3] = math.nan  # nobody will read it
     check_finite(parts)
     parts["reference"][2, 4] = math.inf
-    with pytest.raises(NotFinite, match=r"^the log-prob of the reference is inf \(row 2, answer, token 4\)$"):
+    with pytest.raises(
+        NotFinite, match=r"^the log-prob of the reference is inf \(row 2, answer, token 4, 1 of 5 rows\)$"
+    ):
         check_finite(parts)

@@ -31,9 +31,9 @@ STAGES: tuple[Stage, ...] = ("sft", "prefer", "reward", "rl", "evaluate", "repor
 
 
 class Best(Section):
-    """A stage's model is that of the step whose metric is best, and not that of the last step."""
+    """A stage's model is the one whose metric was best, and not that of the last step."""
 
-    metric: str  # as in metrics.jsonl, for example "eval_loss"
+    metric: str  # as in metrics.jsonl: one of eval_* in [prefer] and [reward]; in [policy] of an iteration's answers
     goal: Literal["max", "min"] = "max"
 
 
@@ -53,7 +53,6 @@ class Training(Section):
     floor: float = Field(0.1, ge=0, le=1)  # share of lr at the end
     max_norm: float = Field(1.0, gt=0)
     micro_tokens: int = Field(16384, ge=1)  # padded tokens of one training pass; see reading_tokens
-    best: Best | None = None  # none: the last step's model
 
     @property
     def reading_tokens(self) -> int:
@@ -63,13 +62,6 @@ class Training(Section):
 
 class Supervised(Training):
     log_every: int = Field(1, ge=1)  # steps between rows of metrics
-    eval_every: int | None = Field(None, ge=1)  # steps between losses on held-out rows; none: at the end only
-
-    @model_validator(mode="after")
-    def _measured(self):
-        if self.best is not None and self.best.metric.startswith("eval_") and self.eval_every is None:
-            raise ValueError(f"best.metric = {self.best.metric!r} is measured every eval_every steps: set eval_every")
-        return self
 
 
 class Sft(Supervised):
@@ -89,6 +81,16 @@ class Trained(Supervised):
     """A model that is trained here, or comes finished."""
 
     checkpoint: str | None = None  # a finished one: it is used and nothing is trained
+    eval_every: int | None = Field(None, ge=1)  # steps between losses on held-out rows; none: at the end only
+    best: Best | None = None  # none: the last step's model
+
+    @model_validator(mode="after")
+    def _measured(self):
+        if self.best is not None and not self.best.metric.startswith("eval_"):
+            raise ValueError(f"best.metric = {self.best.metric!r} is not of held-out rows: name one of eval_*")
+        if self.best is not None and self.eval_every is None:
+            raise ValueError(f"best.metric = {self.best.metric!r} is measured every eval_every steps: set eval_every")
+        return self
 
 
 class Prefer(Trained):
@@ -173,6 +175,7 @@ class Policy(Training):
     kl: Kl = Kl()
     critic: Critic = Critic()
     samples_every: int = Field(5, ge=1)
+    best: Best | None = None  # none: the last iteration's policy
 
     @model_validator(mode="after")
     def _batches(self):
@@ -180,6 +183,8 @@ class Policy(Training):
             raise ValueError(f"rollouts = {self.rollouts} is not a multiple of batch = {self.batch}")
         if self.batch % self.group:
             raise ValueError(f"batch = {self.batch} is not a multiple of group = {self.group}")
+        if self.best is not None and self.best.metric.startswith(("eval_", "policy/", "value/")):
+            raise ValueError(f"best.metric = {self.best.metric!r} is not of answers, as reward/total is")
         if (self.method == "custom") != (self.rewards is not None):
             raise ValueError("a list of rewards goes with method = 'custom', and only with it")
         return self

@@ -25,8 +25,10 @@ class Incidents:
         number = 1 + max((int(p.name[:4]) for p in self.folder.glob("[0-9][0-9][0-9][0-9]-*.json")), default=0)
         path = self.folder / f"{number:04d}-{stage.replace('/', '_')}-step-{step}.json"
         found: dict[str, Any] = {"stage": stage, "step": step, **asdict(error.culprit), **self.place(error)}
-        found["batch"] = [self.record(row) for row in error.rows]
-        text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+        found["batch"] = []
+        head = json.dumps(found, indent=1, ensure_ascii=False)
+        rows = (json.dumps(self.record(row), ensure_ascii=False) for row in error.rows)
+        text = head.replace('"batch": []', '"batch": [\n  ' + ",\n  ".join(rows) + "\n ]") + "\n"
         path.write_text(text, encoding="utf-8", errors="backslashreplace")  # a lone surrogate's JSON escape
         return path
 

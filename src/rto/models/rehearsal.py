@@ -81,6 +81,8 @@ class Tally(TorchDispatchMode):
             if args[0].dtype == torch.bool:
                 return not getattr(args[0], "of_any", False)
             return 1.0 if args[0].dtype.is_floating_point else 1
+        if func.overloadpacket is torch.ops.aten.index:  # a mask with numbers says how many rows it chooses
+            args = (args[0], [where for index in args[1] for where in _places(index)], *args[2:])
         out = func(*args, **(kwargs or {}))
         if func.overloadpacket is torch.ops.aten.any and isinstance(out, FakeTensor):
             out.of_any = True  # type: ignore[attr-defined]
@@ -121,6 +123,12 @@ class Tally(TorchDispatchMode):
         self.live[label] -= size
         if self.heap is not None:
             self.heap.give(place)
+
+
+def _places(index: Tensor | None) -> tuple[Tensor | None, ...]:
+    """A mask as the numbers of its true cells, one tensor a dimension."""
+    masked = index is not None and index.dtype == torch.bool and not isinstance(index, FakeTensor)
+    return index.nonzero(as_tuple=True) if masked and index is not None else (index,)
 
 
 class GhostWorkshop(Workshop):

@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from rto.batch import Completions
+from rto.batch import Completions, Prompts, Siblings
 from rto.config import Lora
+from rto.models.siblings import Forked, fork
 from rto.numerics import predicting, token_kl, token_logprobs
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Backbone:
         self._layers: list[Any] = []
         self._targets: list[str] | None = None
         self._active: str | None = None
+        self._forks: bool | None = None
         if lora is not None:
             network.requires_grad_(False)
         if checkpointing:
@@ -160,6 +162,43 @@ class Backbone:
         with self.autocast():
             return self.body(input_ids=ids, **{"use_cache": False, **given}).last_hidden_state
 
+    def forked(self, forked: Forked) -> Float[Tensor, "B N H"]:
+        """Last hidden states of rows that fork into two answers."""
+        attends: Tensor = forked.attends
+        if self.network.config._attn_implementation == "eager":  # adds the mask to the scores
+            smallest = torch.finfo(self.compute).min
+            attends = torch.zeros_like(attends, dtype=self.compute).masked_fill(~attends, smallest)
+        with self.autocast():
+            given = {"attention_mask": attends, "position_ids": forked.positions, "use_cache": False}
+            return self.body(input_ids=forked.ids, **given).last_hidden_state
+
+    @property
+    def forks(self) -> bool:
+        """Whether :meth:`forked` says what reading each answer behind its own prompt says: tried once."""
+        if self._forks is None:
+            settings = self.network.config.get_text_config()
+            kinds = set(getattr(settings, "layer_types", None) or ["full_attention"])
+            whole = kinds == {"full_attention"} and not getattr(settings, "sliding_window", None)
+            known = settings._attn_implementation in ("sdpa", "eager") and self._takes_positions
+            self._forks = bool(whole and known) and self._try_fork()
+        return self._forks
+
+    @torch.no_grad()
+    def _try_fork(self) -> bool:
+        words = self.network.config.get_text_config().vocab_size
+        ids = (words // 2 + torch.arange(24, device=self.device)).reshape(4, 6) % words
+        ids[2:, :3] = ids[:2, :3]  # the same prompts
+        mask = torch.ones(4, 3, dtype=torch.bool, device=self.device)
+        asked = mask.clone()
+        asked[[1, 3], 0] = False
+        mask[0, 2] = False
+        siblings = Siblings(Prompts(ids[:, :3], asked), ids[:, 3:], mask, mask[:, 0])
+        real = siblings.sequence()[1]
+        role = Role(self)
+        plain = role.hidden(Completions(siblings.prompt, siblings.ids, siblings.mask, siblings.finished))
+        gap = (role.fork(siblings) - plain)[real].abs().max() / plain[real].abs().max()
+        return bool(gap < (1e-4 if self.compute == torch.float32 else 5e-2))
+
     def project(self, states: Float[Tensor, "N H"]) -> Float[Tensor, "N V"]:
         """States to logits, with the scalings that some families apply after the output layer."""
         with self.autocast():
@@ -203,13 +242,23 @@ class Role:
         """Last hidden states; on padding, those of a neighbour.
 
         The model runs on rows whose padding has been moved to the right: they are as wide as the longest row, not
-        as the longest prompt and the longest response together, and need no attention mask.
+        as the longest prompt and the longest response together, and need no attention mask. Siblings are read as
+        forked rows where the model can do that.
         """
+        if isinstance(completions, Siblings) and self.backbone.forks:
+            return self.fork(completions)
         ids, mask = completions.sequence()
         packed = ids.gather(1, (~mask).long().argsort(dim=-1, stable=True))[:, : int(mask.sum(-1).max())]
         states = self.activate().states(packed)
         places = (mask.cumsum(-1) - 1).clamp(min=0)
         return states.gather(1, places[..., None].expand(-1, -1, states.shape[-1]))
+
+    def fork(self, siblings: Siblings) -> Float[Tensor, "B S H"]:
+        """:meth:`hidden` from rows in which both answers stand behind one prompt."""
+        forked = fork(siblings)
+        states = self.activate().forked(forked)
+        places = forked.places[..., None].expand(-1, -1, states.shape[-1])
+        return torch.cat([half.gather(1, p) for half, p in zip((states, states), places.chunk(2), strict=True)])
 
     def logprobs(
         self, completions: Completions, temperature: float = 1.0

@@ -6,8 +6,7 @@ optimisers and a few numbers are the whole state.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -51,13 +50,6 @@ class Moving:
         """The role that the stage is about: the first."""
         return next(iter(self.weights))
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All of it by name; the optimisers' moments too."""
-        found = {f"{name}/{i}": w.detach() for name, part in self.weights.items() for i, w in enumerate(part)}
-        for name, optimizer in self.optimizers.items():
-            found |= {f"{name}/optimizer/{key}": value for key, value in optimizer.tensors().items()}
-        return found
-
     @torch.no_grad()
     def restore(self, checkpoint: Checkpoint) -> None:
         """Raises ValueError: the checkpoint is of other models."""
@@ -85,9 +77,9 @@ class SaverState:
 
     bad_step: int | None = None  # the last step that was not finite, and how many there were in a row
     bad_run: int = 0
+    good_step: int | None = None  # the last one that was
     rolled: int = 0
-    best_step: int | None = None
-    best_value: float | None = None
+    best: float | None = None
 
 
 @dataclass
@@ -113,101 +105,163 @@ class Saver:
     best: Best | None = None
     found: Checkpoint | None = None
     writer: Writer = field(default_factory=Writer)
+    beside: Callable[[], None] = lambda: None  # called on every process before a checkpoint is made
     state: SaverState = field(init=False, default_factory=SaverState)
 
     def begin(self, first: int, last: int, moving: Moving) -> None:
         """To be called before a loop over the steps after ``first``, to ``last``: it goes on from a checkpoint of one
-        of them."""
-        if self.found is not None and first <= self.found.step <= last:
+        of them.
+
+        Raises:
+            ValueError: the checkpoint is of a step that the stage no longer has.
+        """
+        if self.found is not None and self.found.step > last:
+            raise ValueError(
+                f"{self.store.folder}: its checkpoint is of step {self.found.step}, the stage now ends with {last}: "
+                "give it more steps, or delete that folder to begin it again"
+            )
+        if self.found is not None and first <= self.found.step:
             moving.restore(self.found)
             self.state = SaverState(**self.found.state["saver"])
-            self._slow_down(moving)
         elif self.nonfinite.then == "rollback":
             self._save(first, moving)  # there is something to go back to from the first step on
+        self._slow_down(moving)
 
-    def after(self, step: int, last: int, moving: Moving, metrics: Mapping[str, float]) -> None:
-        """To be called after every step. The last one is not saved: the stage's model is, next.
+    def consider(self, step: int, moving: Moving, metrics: Mapping[str, float]) -> None:
+        """To be called where ``metrics`` have been measured with the weights of ``step``: the best are kept.
+
+        Raises:
+            ValueError: the metric of ``best`` is not among them.
+        """
+        if self.best is None:
+            return
+        value, before, metric = metrics.get(self.best.metric), self.state.best, self.best.metric
+        if value is None:
+            raise ValueError(
+                f"best.metric = {metric!r} is not measured in {self.stage}; these are: {', '.join(sorted(metrics))}"
+            )
+        if before is None or (value > before if self.best.goal == "max" else value < before):
+            self.state.best = float(value)
+            if self.runtime.main:
+                self.writer.wait()
+                copy = _copy(moving, [moving.trained])
+                state = {"metric": metric, "value": float(value)}
+                self._write(lambda: best_of(self.store).save(step, copy, state))
+
+    def after(self, step: int, last: int, moving: Moving) -> None:
+        """To be called after every step. The last one is not saved: the stage's model is, next. Neither is one that was
+        left out, for the weights may be what is wrong.
 
         Raises:
             Exception: what ``stop`` makes of the signal, once everything is saved.
             OSError: the checkpoint before could not be written.
-            ValueError: the metric of ``best`` is not among the metrics.
         """
         self.writer.check()
-        better = self._better(step, metrics)
+        good = self.state.bad_step != step
+        if good:
+            self.state.good_step = step
         wanted = self._agreed()
-        due = step < last and (wanted is not None or step % self.every == 0)
-        if due or better:
-            self._save(step, moving, due, better)
+        if good and step < last and (wanted is not None or step % self.every == 0):
+            self.beside()
+            self._save(step, moving)
         if wanted is not None and step < last:
             self.writer.wait()
             self.runtime.wait()
             raise self.stop(wanted)
 
-    def finish(self, moving: Moving) -> None:
-        """To be called after the last step: the trained role gets its best weights, where the recipe asks for them."""
+    def finish(self, step: int, moving: Moving, probe: Callable[[], None]) -> bool:
+        """To be called after the last step, which nothing has looked at: ``probe`` uses the trained role once more. The
+        role then gets its best weights, where the recipe asks for them. False: everything was put back to a checkpoint.
+
+        Raises:
+            NotFinite: the model says no numbers.
+            ValueError: the best weights are gone.
+        """
+        try:
+            probe()
+        except NotFinite as error:
+            return not self.met(step + 1, error, moving, may_skip=False)
         self.writer.wait()
         self.runtime.wait()
-        if self.best is not None and self.state.best_step is not None:
+        if self.best is not None:
             found = self._read(best_of(self.store))
+            if found is None:
+                folder = self.store.folder
+                raise ValueError(
+                    f"{best_of(self.store).folder}: the best weights are gone: delete {folder} to begin again"
+                )
             moving.restore_weights(found, [moving.trained])
-            value, metric = self.state.best_value, self.best.metric
+            value, metric = found.state["value"], self.best.metric
             self.say(f"{self.stage}: the model is that of step {found.step}, the best by {metric} ({value:.4g})")
+        return True
 
-    def met(self, step: int, error: NotFinite, moving: Moving) -> bool:
-        """A step was not finite. Returns whether everything was put back to the last checkpoint; if not, the step is
-        to be left out.
+    def met(self, step: int, error: NotFinite, moving: Moving, may_skip: bool = True) -> bool:
+        """A step was not finite. Returns whether everything was put back to a checkpoint; if not, the step is to be
+        left out.
 
         Raises:
             NotFinite: the recipe says that this is one too many.
         """
         state, rule = self.state, self.nonfinite
-        if step != state.bad_step:
+        again = step == state.bad_step  # another optimiser step of the same iteration
+        if not again:
             state.bad_run = state.bad_run + 1 if state.bad_step is not None and step == state.bad_step + 1 else 1
         state.bad_step = step
-        word = self.incidents.place(error).get("token_text")
-        said = f"{self.stage}, step {step}: {error}" + (f", the word {word!r}" if word is not None else "")
-        if self.runtime.main:
+        token = self.incidents.place(error).get("token_text")
+        said = f"{self.stage}, step {step}: {error}" + (f", the token {token!r}" if token is not None else "")
+        if self.runtime.main and not again:
             said += f"; see {self.incidents.write(self.stage, step, error)}"
-        if state.bad_run <= rule.skip:
-            self.say(f"{said}. The step is left out, {state.bad_run} in a row of {rule.skip} that may be")
+        if may_skip and state.bad_run <= rule.skip:
+            if not again:
+                self.say(f"{said}. The step is left out, {state.bad_run} in a row of {rule.skip} that may be")
             return False
         if rule.then == "rollback" and state.rolled < rule.rollbacks:
             state.rolled, state.bad_run, state.bad_step = state.rolled + 1, 0, None
             back = self._rewind(moving)
             self.say(f"{said}. Back to step {back}, with {rule.factor**state.rolled:g} of the learning rate")
             return True
+        self.writer.wait()
+        newest = max(self.store.steps(), default=None)
+        if newest is not None and newest >= (state.good_step or 0):
+            said += f". No good step came after the checkpoint of step {newest}: delete it if the same comes again"
         why = f"nonfinite.skip = {rule.skip} in a row" + (
             f" and nonfinite.rollbacks = {rule.rollbacks}" if rule.then == "rollback" else ""
         )
         raise error.told(f"{said}. Steps are left out up to {why}, and this is one more")
 
-    def _save(self, step: int, moving: Moving, due: bool = True, better: bool = False) -> None:
+    def _save(self, step: int, moving: Moving) -> None:
         """Copies now, writes in the background: the loop waits for memory only, and for the write before."""
         if not self.runtime.main:
             return
-        self.writer.wait()
-        copy = {name: t.detach().to("cpu", copy=True) for name, t in moving.tensors().items()}
         counted = {name: optimizer.step_count for name, optimizer in moving.optimizers.items()}
         state = {"numbers": moving.numbers(), "optimizers": counted, "saver": asdict(self.state)}
         state["made_from"] = self.made_from
+        self.writer.wait()  # before there is a second copy
+        copy = _copy(moving, moving.weights) | _moments(moving)
+        self._write(lambda: self.store.save(step, copy, state))
 
+    def _write(self, work: Callable[[], None]) -> None:
         def write() -> None:
             self.log.sync()  # no checkpoint without the rows of its steps
-            if better:
-                lead = f"{moving.trained}/"
-                own = {name: t for name, t in copy.items() if name.startswith(lead) and "/optimizer/" not in name}
-                best_of(self.store).save(step, own, {})
-            if due:
-                self.store.save(step, copy, state)
+            work()
 
         self.writer.start(write)
 
     def _rewind(self, moving: Moving) -> int:
+        """To the newest checkpoint that a good step came after: an update may have spoilt the one that was saved right
+        after it. Where there is no such, to the newest."""
         self.writer.wait()
         self.runtime.wait()
+        if self.runtime.main:
+            steps = self.store.steps()
+            if any(step < (self.state.good_step or 0) for step in steps):
+                for step in steps:
+                    if step >= (self.state.good_step or 0):
+                        self.store.discard(step)
         found = self._read(self.store)
+        assert found is not None  # begin saved one
         moving.restore(found)
+        self.state.good_step = found.step
         self._slow_down(moving)
         self.log.cut(self.stage, found.step)
         self._save(found.step, moving)  # with the smaller learning rate
@@ -217,36 +271,37 @@ class Saver:
         for optimizer in moving.optimizers.values():
             optimizer.scale = self.nonfinite.factor**self.state.rolled
 
-    def _read(self, store: Store) -> Checkpoint:
-        """The main process first: it also tidies."""
-        found = store.load() if self.runtime.main else None
-        self.runtime.wait()
-        found = found if self.runtime.main else store.load()
-        assert found is not None
-        return found
-
-    def _better(self, step: int, metrics: Mapping[str, float]) -> bool:
-        """Whether this step is the best so far, by the metric of the recipe."""
-        if self.best is None or "skipped" in metrics:
-            return False
-        metric = self.best.metric
-        if metric not in metrics:
-            if not metric.startswith("eval_") or any(name.startswith("eval_") for name in metrics):
-                known = ", ".join(sorted(metrics))
-                raise ValueError(f"best.metric = {metric!r} is no metric of {self.stage}; it has {known}")
-            return False
-        value, before = float(metrics[metric]), self.state.best_value
-        if not math.isfinite(value):
-            return False
-        better = before is None or (value > before if self.best.goal == "max" else value < before)
-        if better:
-            self.state.best_step, self.state.best_value = step, value
-        return better
+    def _read(self, store: Store) -> Checkpoint | None:
+        return read_by_all(store, self.runtime)
 
     def _agreed(self) -> str | None:
         """A signal that any process got counts for all, at the same step."""
         said = [name for name in self.runtime.gather_all(self.wanted()) if name is not None]
         return said[0] if said else None
+
+
+def read_by_all(store: Store, runtime: Runtime) -> Checkpoint | None:
+    """The newest good checkpoint on every process. The main one reads first and tidies; nobody writes before all have
+    read."""
+    found = store.load() if runtime.main else None
+    runtime.wait()
+    found = found if runtime.main else store.load(tidy=False)
+    runtime.wait()
+    return found
+
+
+def _copy(moving: Moving, roles: Iterable[str]) -> dict[str, Tensor]:
+    return {
+        f"{name}/{i}": w.detach().to("cpu", copy=True) for name in roles for i, w in enumerate(moving.weights[name])
+    }
+
+
+def _moments(moving: Moving) -> dict[str, Tensor]:
+    return {
+        f"{name}/optimizer/{key}": value.to("cpu", copy=True)
+        for name, optimizer in moving.optimizers.items()
+        for key, value in optimizer.tensors().items()
+    }
 
 
 def best_of(store: Store) -> Store:

@@ -98,15 +98,16 @@ class Store:
             raise
         self._prune(step)
 
-    def load(self) -> Checkpoint | None:
+    def load(self, tidy: bool = True) -> Checkpoint | None:
         """The newest good checkpoint; None if there is none at all. Each damaged one on the way is named to ``say``.
 
-        With several processes the main one loads first, then the others: it also removes what a killed write left.
+        ``tidy`` removes what a killed write left: for the main process alone, which loads before the others do.
 
         Raises:
             ValueError: there are checkpoints, and all of them are damaged.
         """
-        self._tidy()
+        if tidy:
+            self._tidy()
         faults, self._skipped = [], []
         for step, path in reversed(self._steps()):
             try:
@@ -124,6 +125,16 @@ class Store:
                 "delete this folder to start the stage from its beginning"
             )
         return None
+
+    def discard(self, step: int) -> None:
+        """Remove the checkpoint of one step, if it is there."""
+        for number, path in self._steps():
+            if number == step:
+                self._remove(path)
+
+    def steps(self) -> list[int]:
+        """The steps that have a checkpoint, damaged ones too."""
+        return [step for step, _ in self._steps()]
 
     def clear(self) -> None:
         """Remove every checkpoint, the oldest first, and the folder if nothing else is in it."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rto import config as recipe
-from rto.config import Config, Policy, Training
+from rto.config import Config, Policy, Trained, Training
 from rto.data.rows import Rows, make_rows, make_tokenizer
 from rto.data.sources import write_rejected
 from rto.models.checkpoint import fingerprint, save_role
@@ -21,7 +21,7 @@ from rto.models.incidents import Incidents
 from rto.models.load import locate
 from rto.models.role import Role
 from rto.models.runtime import Runtime, peak_memory_mb
-from rto.models.saver import Saver, best_of
+from rto.models.saver import Saver, best_of, read_by_all
 from rto.models.store import Checkpoint, Store, flush_all
 from rto.models.workshop import Workshop
 from rto.models.writer import Writer
@@ -86,7 +86,7 @@ class Job:
                     f"{self.folder}: stage {step.name} was made with another recipe ({'; '.join(changed[:3])}). "
                     "Choose another --output, delete that folder, or keep what is there with --allow-changed KEY"
                 )
-            if step.name in done or (found := self.store(step.name).load()) is None:
+            if step.name in done or (found := read_by_all(self.store(step.name), self.runtime)) is None:
                 continue
             self.begun[step.name] = found  # read and verified once a run
             made_from = {key: value for key, value in found.state["made_from"].items() if key != MODELS}
@@ -196,7 +196,7 @@ class Job:
             lambda: self.stop.wanted,
             Stopped,
             self.config.nonfinite,
-            training.best,
+            training.best if isinstance(training, (Policy, Trained)) else None,
             found,
             self.writer,
         )

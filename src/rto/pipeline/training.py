@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from rto.data.worlds import token_rewards
 from rto.evaluation.policies import judge_by_truth
 from rto.models.checkpoint import ScorerNotes, merged, save_notes
 from rto.models.load import load_tokenizer, locate, same_vocabulary, scratch_network
+from rto.models.memory import Budget
 from rto.models.role import Role
 from rto.models.segment import SegmentScorer
 from rto.models.workshop import Workshop, verify
@@ -69,6 +71,9 @@ def prefer(job: Job, stage: str, settings: Prefer) -> str:
     def follower() -> Role:
         return reference if role.adapter is None else shop.new_policy("follower")
 
+    saver = job.saver(settings, {"reference": job.base})
+    if cache is not None:
+        saver.beside = partial(cache.save, job.runtime)
     fit_rounds(
         stage,
         role,
@@ -83,7 +88,8 @@ def prefer(job: Job, stage: str, settings: Prefer) -> str:
         log=job.log,
         progress=job.progress,
         held_out=held_out,
-        saver=job.saver(settings, {"reference": job.base}),
+        eval_every=settings.eval_every,
+        saver=saver,
     )
     if cache is not None:
         cache.save(job.runtime)
@@ -114,8 +120,10 @@ def _scorer(job: Job, stage: str, settings: Reward, pairs: Sequence[PairRow], se
         role = SegmentScorer(role, shop.reference(), settings.cutoff)
     loss = REWARD_LOSSES[settings.loss["type"]]
     objective = PairObjective(role, loss, _options(settings.loss), rows.encoder.pad)
-    _fit(job, stage, objective, pairs, settings, rows.test_pairs, seed, {"reference": job.base})
-    chosen, rejected = objective.scores(rows.test_pairs, settings.reading_tokens)
+    frozen = {"reference": job.base}
+    _fit(job, stage, objective, pairs, settings, rows.test_pairs, seed, frozen, settings.eval_every)
+    budget = Budget(settings.reading_tokens, job.progress.say, job.runtime.gather_all, "reading")
+    chosen, rejected = objective.scores(rows.test_pairs, budget)
     scores = torch.cat([chosen, rejected]).double()
     accuracy = ((chosen > rejected).double() + 0.5 * (chosen == rejected)).mean().item()
     job.save(role, stage)
@@ -190,6 +198,7 @@ def _fit(
     held_out: Any = (),
     seed: int | None = None,
     frozen: dict[str, str] | None = None,
+    eval_every: int | None = None,
 ) -> None:
     fit(
         stage,
@@ -201,5 +210,6 @@ def _fit(
         log=job.log,
         progress=job.progress,
         held_out=held_out,
+        eval_every=eval_every,
         saver=job.saver(training, frozen),
     )

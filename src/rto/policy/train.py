@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -103,8 +103,16 @@ def train(
     moving = _moving(learner, reader.moving, state)
     if saver is not None:
         saver.begin(0, iterations, moving)
-    progress.start(stage, iterations)
-    while state.iteration < iterations:
+    progress.start(stage, iterations, state.iteration)
+    seen: list[Completions] = []  # the last answers
+
+    def probe() -> None:
+        for completions in seen:
+            with torch.no_grad():
+                row = completions.rows(slice(0, 1)).to(policy.backbone.device)
+                require_finite(policy.logprobs(row)[0], "policy", "log-prob")
+
+    while state.iteration < iterations or not (saver is None or saver.finish(iterations, moving, probe)):
         begun = time.perf_counter()
         drawn = None
         try:
@@ -117,15 +125,18 @@ def train(
                 continue  # from the last checkpoint
             drawn, metrics = None, {SKIPPED: 1.0}
         if drawn is not None:
+            seen[:] = [drawn.completions]
+            if oracle is not None:
+                truth = oracle(drawn.asked, drawn.completions)
+                metrics["oracle"] = sum(truth) / len(truth)
+            if saver is not None:  # before the update: these are the answers of the policy as it is
+                saver.consider(state.iteration, moving, metrics)
             try:
                 metrics |= _learn(learner, reader, drawn, buffer, metrics, config, state, seed, runtime, saver, moving)
             except _WentBack:
                 continue
         state.iteration += 1
         if drawn is not None:
-            if oracle is not None:
-                truth = oracle(drawn.asked, drawn.completions)
-                metrics["oracle"] = sum(truth) / len(truth)
             metrics["tokens_per_second"] = drawn.signals.mask.sum().item() / (time.perf_counter() - begun)
             if state.iteration % config.samples_every == 1 % config.samples_every or state.iteration == iterations:
                 _log_samples(log, stage, state.iteration, drawn, total, reader)
@@ -133,9 +144,7 @@ def train(
         runtime.track({f"{stage}/{key}": value for key, value in metrics.items()}, state.iteration)
         progress.update(state.iteration, metrics)
         if saver is not None:
-            saver.after(state.iteration, iterations, moving, metrics)
-    if saver is not None:
-        saver.finish(moving)
+            saver.after(state.iteration, iterations, moving)
     return state
 
 
@@ -155,15 +164,19 @@ def _rewarded(
     _, parts = rewards.total(reader.terms, signals, coef, config.kl.estimator)
     # Summed without KL: to take it off the total would leave its rounding, which a large KL makes large.
     reward = sum((part for name, part in parts.items() if name != "kl"), torch.zeros_like(parts["kl"]))
+    moments = replace(state.moments)
     try:
+        for name, part in parts.items():
+            require_finite(part, f"term {name}", "reward", drawn.places)
         require_finite(reward, "reward terms", "reward", drawn.places)
         if config.reward_scaling is not None or config.reward_clip is not None:
-            reward = scale_rewards(reward, signals.mask, state.moments, config.reward_scaling, config.reward_clip)
+            reward = scale_rewards(reward, signals.mask, moments, config.reward_scaling, config.reward_clip)
         total = reward + parts["kl"]
         advantages, returns = _advantages(config, total, parts["kl"], drawn)
         require_finite(advantages, "estimator", "advantage", drawn.places)
     except NotFinite as error:
         raise error.among(drawn.answers(), range(len(drawn.asked))) from None
+    state.moments = moments  # not before: an iteration that is left out leaves nothing behind
     buffer = Buffer(
         drawn.completions,
         signals.logprobs,

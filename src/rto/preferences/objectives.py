@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rto.batch import Completions, Pairs
+from rto.batch import Completions, Pairs, Siblings
 from rto.data.chat import AnswerRow, PairRow
 from rto.data.collate import collate_completions, collate_pairs, micro_batches
 from rto.finite import NotFinite, require_finite
@@ -125,7 +125,10 @@ class PairObjective(Compared):
     readable = READABLE
 
     def size(self, row: PairRow) -> int:
-        return 2 * (len(row.prompt) + max(len(row.chosen), len(row.rejected)))
+        answers = len(row.chosen), len(row.rejected)
+        if self.role.backbone.forks:
+            return len(row.prompt) + sum(answers)
+        return 2 * (len(row.prompt) + max(answers))
 
     def weight(self, row: PairRow) -> int:
         return 1
@@ -137,13 +140,25 @@ class PairObjective(Compared):
         return losses.sum() / total, self._sums(read)
 
     @torch.no_grad()
-    def scores(self, rows: Sequence[PairRow], budget: int) -> tuple[Tensor, Tensor]:
-        """The scorer's scores of all chosen and of all rejected answers, each [N], in the order of the rows."""
-        chosen, rejected = torch.zeros(len(rows)), torch.zeros(len(rows))
-        for index in micro_batches([self.size(row) for row in rows], budget):
-            read = self._read([rows[i] for i in index])
-            chosen[index], rejected[index] = read["chosen_score"].float().cpu(), read["rejected_score"].float().cpu()
-        return chosen, rejected
+    def scores(self, rows: Sequence[PairRow], budget: Budget) -> tuple[Tensor, Tensor]:
+        """The scorer's scores of all chosen and of all rejected answers, each [N], in the order of the rows.
+
+        Raises:
+            NotFinite: a score.
+        """
+
+        def work(tokens: int) -> tuple[Tensor, Tensor]:
+            chosen, rejected = torch.zeros(len(rows)), torch.zeros(len(rows))
+            for index in micro_batches([self.size(row) for row in rows], tokens):
+                try:
+                    read = self._read([rows[i] for i in index])
+                except NotFinite as error:
+                    raise error.among(rows, index) from None
+                chosen[index] = read["chosen_score"].float().cpu()
+                rejected[index] = read["rejected_score"].float().cpu()
+            return chosen, rejected
+
+        return budget.within(work)
 
     def _read(self, rows: list[PairRow]) -> dict[str, Tensor]:
         pairs = collate_pairs(rows, self.pad).to(self.role.backbone.device)
@@ -282,7 +297,7 @@ def log_ratio_parts(
     return found
 
 
-def _both(pairs: Pairs) -> Completions:
+def _both(pairs: Pairs) -> Siblings:
     """Chosen above rejected, as one batch of 2B rows."""
     above, below = pairs.chosen, pairs.rejected
 
@@ -290,4 +305,4 @@ def _both(pairs: Pairs) -> Completions:
         return torch.cat([read(above), read(below)])
 
     prompt = type(above.prompt)(stack(lambda c: c.prompt.ids), stack(lambda c: c.prompt.mask))
-    return Completions(prompt, stack(lambda c: c.ids), stack(lambda c: c.mask), stack(lambda c: c.finished))
+    return Siblings(prompt, stack(lambda c: c.ids), stack(lambda c: c.mask), stack(lambda c: c.finished))

@@ -76,6 +76,7 @@ def fit(
     log: RunLog,
     progress: Any,
     held_out: Sequence[Row] = (),
+    eval_every: int | None = None,
     before: int = 0,
     saver: Saver | None = None,
     beside: Moving | None = None,
@@ -88,11 +89,15 @@ def fit(
     The rows of every epoch are shuffled by (seed, kind of stage, epoch): "prefer/kto" sees the order of
     "prefer". The last batch may be smaller.
 
-    A step whose loss or gradient is not finite is not taken; the saver decides how it goes on.
+    A step whose loss or gradient is not finite is not taken; the saver decides how it goes on. ``held_out`` rows are
+    evaluated after the last step, and every ``eval_every`` steps.
 
     Raises:
         NotFinite: without a saver, or where the saver gives up; it names role, data row and token.
+        ValueError: the best step is wanted and there are no rows to tell by.
     """
+    if saver is not None and saver.best is not None and not held_out:
+        raise ValueError(f"{stage}: best needs held-out rows, and there are none: raise data.test")
     wanted = max(1, round(training.epochs * len(rows)))
     if training.max_steps:
         wanted = min(wanted, training.max_steps * training.batch)
@@ -105,8 +110,13 @@ def fit(
     if saver is not None:
         saver.begin(before, before + steps, moving)
     budget = Budget(training.micro_tokens, progress.say, runtime.gather_all)
-    progress.start(stage, steps)
-    while state.step < steps:
+    progress.start(stage, before + steps, before + state.step)
+
+    def probe() -> None:
+        with torch.no_grad():
+            objective.loss([rows[order[0]]], 1.0)
+
+    while state.step < steps or not (saver is None or saver.finish(before + steps, moving, probe)):
         begun = time.perf_counter()
         batch = [rows[i] for i in order[state.rows_seen : state.rows_seen + training.batch]]
         try:
@@ -126,17 +136,24 @@ def fit(
         state.rows_seen += len(batch)
         values["epoch"] = state.rows_seen / len(rows)
         values["tokens_per_second"] = sum(map(objective.size, batch)) / (time.perf_counter() - begun)
-        measured = state.step == steps or (training.eval_every and state.step % training.eval_every == 0)
+        measured = state.step == steps or (eval_every is not None and state.step % eval_every == 0)
         if measured and held_out:
-            values |= {f"eval_{key}": value for key, value in evaluate(objective, held_out, training, runtime).items()}
+            try:
+                found = evaluate(objective, held_out, training, runtime)
+            except NotFinite as error:
+                if saver is None:
+                    raise
+                saver.met(before + state.step, error, moving, may_skip=False)
+                continue  # from the last checkpoint
+            values |= {f"eval_{key}": value for key, value in found.items()}
+            if saver is not None:
+                saver.consider(before + state.step, moving, values)
         if state.step % training.log_every == 0 or measured or "skipped" in values:
             log.metrics(stage, before + state.step, values)
             runtime.track({f"{stage}/{key}": value for key, value in values.items()}, before + state.step)
-        progress.update(state.step, values)
+        progress.update(before + state.step, values)
         if saver is not None:
-            saver.after(before + state.step, before + steps, moving, values)
-    if saver is not None:
-        saver.finish(moving)
+            saver.after(before + state.step, before + steps, moving)
     return state
 
 

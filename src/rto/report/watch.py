@@ -18,6 +18,10 @@ class WatchedLog(RunLog):
         self._rows: list[Row] = []  # of the stage that is being trained
         self._said: set[str] = set()
 
+    def _keep(self, wanted: Callable[[Row], bool]) -> None:
+        super()._keep(wanted)
+        self._rows = []  # read anew: some may be gone
+
     def metrics(self, stage: str, step: int, values: dict[str, float]) -> None:
         super().metrics(stage, step, values)
         if not self._rows or self._rows[-1]["stage"] != stage:

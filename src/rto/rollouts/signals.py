@@ -67,7 +67,8 @@ class Reader:
         self._options: dict[str, Spec] = {term["type"]: term for term in rewards.live(terms)}
         if "function" in self.needs:
             self._function = load_function(self._options["function"]["function"])
-        self._failures = 0  # answers for which the function raised, so far
+        self._failures = self._counted = 0  # since the last measures: answers for which the function raised; http's
+        self._warned = False
         if "http" in self.needs:
             settings = self._options["http"]
             self._http = HttpScorer(settings["url"], settings["timeout"], settings["retries"], settings["batch"])
@@ -171,19 +172,22 @@ class Reader:
         return torch.nn.functional.pad(values, (0, c.ids.shape[1] - values.shape[1]))
 
     def _function_failed(self, said: str) -> None:
-        if not self._failures:
+        if not self._warned:
             logger.warning("%s. Such answers are dropped; function_failures counts them, later ones are not said", said)
+            self._warned = True
         self._failures += 1
 
     def measures(self) -> dict[str, float]:
-        """What is worth logging about the reading itself."""
+        """What is worth logging about the reading since the last time."""
         found: dict[str, float] = {}
         if self.scorer is not None and isinstance(self.scorer.role, ForeignScorer):
             found["scorer_misaligned"] = self.scorer.role.misaligned
         if "http" in self.needs:
-            found["http_failures"] = float(self._http.failures)
+            found["http_failures"] = float(self._http.failures - self._counted)
+            self._counted = self._http.failures
         if self._failures:
             found["function_failures"] = float(self._failures)
+            self._failures = 0
         return found
 
 
