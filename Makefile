@@ -11,6 +11,7 @@ help:
 	@echo "make lint         ruff check, ruff format --check, mypy"
 	@echo "make smollm       add a small chat model, SmolLM2-135M-Instruct, to .venv"
 	@echo "make clean        remove .venv and the caches"
+	@echo "make bench        rto and its peers side by side: seconds, memory (docs/performance.md); make bench BENCH_ARGS=--quick"
 	@echo "make audit        look the versions of constraints.txt up among known vulnerabilities (needs pypi.org)"
 
 quickstart: .venv/.installed
@@ -60,3 +61,14 @@ audit:
 	@$(PYTHON) -m venv .venv/audit
 	@.venv/audit/bin/python -m pip install -qq --disable-pip-version-check pip-audit
 	.venv/audit/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt $(AUDIT_ARGS)
+
+# The peers get environments of their own, with the same torch and transformers.
+.PHONY: bench
+bench: smollm .venv/bench/trl/.installed .venv/bench/trl-ppo/.installed
+	.venv/bin/python -m benchmarks.speed $(BENCH_ARGS)
+
+.venv/bench/%/.installed: benchmarks/speed/requirements-%.txt constraints.txt .venv/.installed
+	@echo "bench: installing $< (a few minutes the first time)"
+	@$(PYTHON) -m venv .venv/bench/$*
+	@.venv/bench/$*/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt -r $<
+	@touch $@

@@ -185,7 +185,7 @@ def test_help_is_no_mistake(words, capsys):
         (["--policy.kl.cof", "1"], "unknown key policy.kl.cof, did you mean coef?"),
         (["--sft.lr", "-1"], "sft.lr: Input should be greater than 0 (given: -1)"),
         (["--sft.lr=-1e-5"], "sft.lr: Input should be greater than 0 (given: -1e-05)"),
-        (["--sft.batch", "many"], "sft.batch: Input should be a valid integer"),
+        (["--sft.batch", "many"], "sft.batch: this is no number (given: 'many')"),
         (["--seed", "-1"], "seed: Input should be greater than or equal to 0 (given: -1)"),
         (["--stages", "sft"], "stages: Input should be a valid list (given: 'sft')"),
         (["--policy.rollouts", "10"], "policy: rollouts = 10 is not a multiple of batch = 4"),

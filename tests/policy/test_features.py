@@ -142,13 +142,14 @@ def test_the_moving_reference_follows_the_policy(world, tmp_path):
     """After each iteration: ema * itself + (1 - ema) * policy. ``oracle`` is called once an iteration, after it."""
     config = world.settings(kl={"ema": 0.75}, lr=1e-2, max_steps=3)
     moving = world.moved(world.roles().policy, "moving", 0.1)
-    roles, seen = world.roles(moving=moving), [(None, world.weights(moving))]
+    roles, seen = world.roles(moving=moving), []
 
-    def look(asked, completions) -> list[float]:
+    def look(asked, completions) -> list[float]:  # before each update
         seen.append((world.weights(roles.policy), world.weights(moving)))
         return [0.0] * len(asked)
 
     world.run(tmp_path, roles, config, [TERMINAL], oracle=look)
+    look([], None)
     assert len(seen) == 4
     for (_, before), (policy, after) in zip(seen, seen[1:], strict=False):
         for slow, fast, result in zip(before, policy, after, strict=True):
@@ -211,13 +212,13 @@ def test_the_moving_reference_is_an_adapter_among_others(world, tmp_path):
 def test_in_its_warm_up_the_critic_learns_alone(world, tmp_path):
     config = world.settings(critic={"warmup": 2}, max_steps=3, batch=2, schedule="linear", floor=0.0, warmup=0.0)
     roles, seen = world.roles(), []
-    seen.append((world.weights(roles.policy), world.weights(roles.critic)))
 
-    def look(asked, completions) -> list[float]:
+    def look(asked, completions) -> list[float]:  # before each update
         seen.append((world.weights(roles.policy), world.weights(roles.critic)))
         return [0.0] * len(asked)
 
     rows = world.run(tmp_path, roles, config, [TERMINAL], oracle=look)
+    look([], None)
     policies, critics = zip(*seen, strict=True)
     assert equal(policies[0], policies[1]) and equal(policies[0], policies[2]) and not equal(policies[2], policies[3])
     assert not any(equal(a, b) for a, b in zip(critics, critics[1:], strict=False))

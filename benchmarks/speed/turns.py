@@ -1,0 +1,120 @@
+"""One side's half of the conversation with the driver: it waits for its turn, does it once, and says what it took."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from typing import Any, TextIO
+
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+Result = dict[str, Any]
+
+
+class Turns:
+    """``begin`` waits for a line: "go", or "count", where floating-point operations are counted and time means
+    nothing. ``end`` answers with one line of JSON. At the end of ``orders`` the process ends."""
+
+    def __init__(self, orders: TextIO, answers: TextIO) -> None:
+        self._orders, self._answers = orders, answers
+        self._counter: FlopCounterMode | None = None
+        self.spent: dict[str, float] = {}
+        self.number = 0  # of turns that are done
+
+    def ready(self, settings: dict[str, Any]) -> None:
+        """Everything is loaded. ``settings`` are worth knowing beside a time."""
+        import torch
+
+        found = {name: _version(name) for name in ("rto-rlhf", "trl", "transformers", "torch")}
+        versions = {name: version for name, version in found.items() if version}
+        self._say({"settings": {**versions, "threads": torch.get_num_threads(), **settings}})
+
+    def begin(self) -> None:
+        order = self._orders.readline().strip()
+        if not order:
+            raise SystemExit(0)
+        self.spent = {}
+        if order == "count":
+            self._counter = FlopCounterMode(display=False, custom_mapping=_fused())
+            self._counter.__enter__()
+        self._begun = time.perf_counter()
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Its seconds are added to those of the same name in this turn."""
+        begun = time.perf_counter()
+        yield
+        self.spent[name] = self.spent.get(name, 0.0) + time.perf_counter() - begun
+
+    def stop(self) -> None:
+        """The work is done; what comes now is not measured."""
+        self._seconds = time.perf_counter() - self._begun
+        self._flops = 0
+        if self._counter is not None:
+            self._counter.__exit__(None, None, None)
+            self._flops, self._counter = self._counter.get_total_flops(), None
+
+    def end(self, tokens: int, rest: str, checks: dict[str, float]) -> None:
+        """``rest`` is the phase that takes all other seconds. ``checks`` must be the same on both sides."""
+        phases = self.spent | {rest: self._seconds - sum(self.spent.values())}
+        self.number += 1
+        self._say(
+            {
+                "seconds": self._seconds,
+                "phases": phases,
+                "flops": self._flops,
+                "tokens": tokens,
+                "checks": checks,
+                "memory_mb": peak_memory_mb(),
+            }
+        )
+
+    def _say(self, result: Result) -> None:
+        print(json.dumps(result), file=self._answers, flush=True)
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def peak_memory_mb() -> float:
+    """The largest memory this program has held. Not ``ru_maxrss``: on Linux a child inherits its parent's."""
+    if sys.platform == "linux":
+        with open("/proc/self/status") as lines:
+            return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**10
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def _fused() -> dict[Any, Any]:
+    """Operations that torch's counter does not know: attention on CPUs, and linear layers with packed weights."""
+    import torch
+
+    def attention(query, key, value, *_: Any, **__: Any) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    def attention_backward(_gradient, query, key, value, *_: Any, **__: Any) -> int:
+        return 5 * sdpa_flop_count(query, key, value) // 2  # five products for two, scores computed again
+
+    def linear(x, weight, *_: Any, out_shape: Any = None, **__: Any) -> int:
+        rows = 1
+        for size in x[:-1]:
+            rows *= size
+        return 2 * rows * x[-1] * out_shape[-1]
+
+    found: dict[Any, Any] = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+    }
+    for space, name in (("mkldnn", "_linear_pointwise"), ("mkl", "_mkl_linear")):
+        with contextlib.suppress(AttributeError):  # not in every build
+            found[getattr(getattr(torch.ops, space), name)] = linear
+    return found

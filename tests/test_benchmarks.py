@@ -1,0 +1,187 @@
+"""benchmarks/speed on a tiny model: rto's side of every piece of work, the arithmetic and the table. No peers here."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import json
+import math
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # benchmarks is no part of the package
+
+from benchmarks.speed import table  # noqa: E402
+from benchmarks.speed.__main__ import main  # noqa: E402
+from benchmarks.speed.adapters import start_alike  # noqa: E402
+from benchmarks.speed.case import Case, tokens  # noqa: E402
+from benchmarks.speed.cases import NAMES, Base, make_base, make_case  # noqa: E402
+from benchmarks.speed.drive import Measured, differences  # noqa: E402
+from benchmarks.speed.turns import Turns  # noqa: E402
+from benchmarks.speed.work import Model  # noqa: E402
+from benchmarks.speed.worker import serve  # noqa: E402
+
+from rto.policy import rollout, train  # noqa: E402
+from rto.rollouts import generate  # noqa: E402
+
+TURNS = 2
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Base:
+    return make_base(tmp_path_factory.mktemp("base"), quick=True)
+
+
+@pytest.fixture(scope="module")
+def served(base, tmp_path_factory) -> Callable[[str], tuple[Case, list[dict[str, Any]]]]:
+    """A piece of work, and what rto's side says: its settings, and two turns. Operations are counted in the second."""
+
+    @cache
+    def serve_once(name: str) -> tuple[Case, list[dict[str, Any]]]:
+        case, said = case_of(name, base, tmp_path_factory.mktemp(name)), io.StringIO()
+        with pytest.MonkeyPatch.context() as patch:
+            for module, function in ((rollout, "generate"), (train, "update"), (generate, "uniforms")):
+                patch.setattr(module, function, getattr(module, function))  # the side puts a watch on them
+            with contextlib.suppress(SystemExit):  # no orders are left
+                serve("rto", case, Turns(io.StringIO("go\ncount\n"), said))
+        return case, [json.loads(line) for line in said.getvalue().splitlines()]
+
+    return serve_once
+
+
+def case_of(name: str, base: Base, folder: Path, quick: bool = True) -> Case:
+    return make_case(name, base, folder, turns=TURNS, quick=quick, micro_tokens=64)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rto_takes_its_turns(name, base, served):
+    case, (settings, *turns) = served(name)
+    assert settings["settings"]["threads"] >= 1
+    assert len(turns) == TURNS
+    for result in turns:
+        assert sum(result["phases"].values()) == pytest.approx(result["seconds"])
+        assert result["memory_mb"] > 0 and all(map(math.isfinite, result["checks"].values()))
+    count = importlib.import_module(f"benchmarks.speed.{case.workload}").least
+    least = count(case, case.batch(1), Model.read(base.model))
+    assert turns[0]["flops"] == 0
+    assert least < turns[1]["flops"] < 2 * least  # the floor is one, and not far from what is done
+
+
+def test_every_turn_of_dpo_starts_where_the_last_one_ended(served):
+    _, (_, first, second) = served("dpo")
+    assert first["tokens"] == 4 * (6 + 6 + 6 + 6)  # pairs x (prompt and answer, twice)
+    assert first["checks"] == {"loss": pytest.approx(math.log(2)), "margin": pytest.approx(0.0, abs=1e-5)}
+    assert second["checks"]["loss"] < first["checks"]["loss"]  # the same batch
+
+
+def test_rl_answers_have_one_length_and_every_weight_moves_once_an_epoch(served):
+    _, (_, *turns) = served("ppo")
+    wanted = {"answers": 16, "tokens an answer": 6, "updates of each weight": 2}
+    assert [turn["checks"] for turn in turns] == [wanted] * TURNS
+
+
+def test_answers_get_the_lengths_that_are_asked_for(served):
+    case, (_, *turns) = served("generate-varied")
+    assert len(set(case.lengths)) > 1
+    assert [turn["tokens"] for turn in turns] == [sum(case.lengths)] * TURNS
+
+
+def test_a_case_comes_back_from_its_file(base, tmp_path):
+    case = case_of("generate-varied", base, tmp_path)
+    case.write(tmp_path / "case.json")
+    assert Case.read(tmp_path / "case.json") == case
+    natural = case_of("dpo-natural", base, tmp_path)
+    assert len({tokens(row) for batch in natural.batches for row in batch}) > 1
+
+
+def test_unknown_work_and_natural_pairs_without_a_file_are_refused(base, tmp_path):
+    with pytest.raises(ValueError, match="no work named 'dpo2'"):
+        case_of("dpo2", base, tmp_path)
+    with pytest.raises(ValueError, match="--pairs"):
+        case_of("dpo-natural", base, tmp_path, quick=False)
+
+
+def test_operations_of_a_forward_pass():
+    model = Model(body=100, head=10, attention=3, edges=20)
+    # 2 tokens after 4: they attend to 5 and 6 tokens, 4 x 3 operations each; logits at one.
+    assert model.forward(2, 1, after=4) == 2 * 100 * 2 + 2 * 10 * 1 + 4 * 3 * (5 + 6)
+    assert model.adapting(2, 8) == 3 * 2 * 8 * 20 * 2
+    assert model.adapting(2, None) == 0
+
+
+def a_side(side: str, seconds: list[float], loss: float = 0.5) -> Measured:
+    turns = [
+        {"seconds": s, "phases": {"forward": s / 2, "rest": s / 2}, "tokens": 60, "memory_mb": 100 * s} for s in seconds
+    ]
+    return Measured(side, "default", {"threads": 2}, turns, [{"loss": loss}] * len(turns), flops=6 * 10**9)
+
+
+def test_the_table_by_hand():
+    peer, ours = a_side("peer", [6.0, 8.0, 7.0]), a_side("rto", [3.0, 2.0, 2.0])
+    assert table.ratios(peer, ours) == [2.0, 4.0, 3.5]
+    above, below = table.lines("dpo", [peer, ours], 6e9, 3e9, [])
+    assert "| 7 s (6 to 8) | forward 3.5, rest 3.5 | 9 | 700 MB | 0.006 (0.003) | 14% | 0.5 s |  |  |" in above
+    assert "| 3.5 x (2 to 4) | 0.29 of the peer's |" in below
+    assert {line.count("|") for line in (*table.head().splitlines(), above, below)} == {len(table.HEAD) + 1}
+
+
+def test_what_the_sides_agree_on_is_told():
+    peer, ours = a_side("peer", [6.0, 7.0]), a_side("rto", [3.0, 3.0], loss=0.5002)
+    said = "- dpo, default, peer and rto: loss 0.5 and 0.5002 in turn 1, loss 0.5 and 0.5002 in turn 2"
+    assert table.agreement("dpo", [peer, ours]) == [said]
+    assert table.agreement("dpo", [ours]) == []
+
+
+def test_adapters_start_alike_whatever_their_name(base):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    networks = [AutoModelForCausalLM.from_pretrained(base.model) for _ in range(2)]
+    for network, name in zip(networks, ("default", "policy"), strict=True):
+        get_peft_model(network, LoraConfig(r=2, target_modules="all-linear"), adapter_name=name)
+        start_alike(network, seed=3)
+    first, second = ([p for key, p in network.named_parameters() if ".lora_A." in key] for network in networks)
+    assert len(first) == 2 * 7  # layers x linear layers
+    assert all(torch.equal(a, b) and a.abs().max() <= a.shape[1] ** -0.5 for a, b in zip(first, second, strict=True))
+    assert not torch.equal(first[0], first[1])
+
+
+def test_no_ratio_where_the_work_differs():
+    peer, ours = a_side("peer", [6.0]), a_side("rto", [3.0], loss=0.502)
+    differ = differences([peer, ours])
+    assert differ == ["turn 1: loss is 0.5 and 0.502"]
+    assert "not the same work" in table.lines("dpo", [peer, ours], 6e9, 3e9, differ)[1]
+    assert differences([peer, a_side("rto", [3.0], loss=0.5009)]) == []
+    assert differences([peer, a_side("rto", [3.0], loss=math.nan)])
+
+
+def test_the_driver_in_a_process(capfd, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
+    quick = ["--quick", "--only", "rto", "--malloc", "default", "--repeats", "1", "--warmup", "1", "--threads", "1"]
+    assert main(["sft", *quick]) == 0
+    said = capfd.readouterr().out
+    assert "| sft | rto | default |" in said and "- sft, rto: " in said
+
+
+def test_a_side_that_fails_is_told_of_and_the_rest_goes_on(capfd, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "benchmarks"))  # the process does not find rto
+    monkeypatch.setattr("benchmarks.speed.drive.ROOT", ROOT / "docs")  # nor the worker
+    quick = ["--quick", "--only", "rto", "--malloc", "default", "--repeats", "1", "--threads", "1"]
+    assert main(["sft", "reward", *quick]) == 1
+    said = capfd.readouterr().out
+    assert "| sft | failed | default |" in said and "| reward | failed | default |" in said
+    assert "- sft, default: the rto side ended with code 1; its last words:" in said
+
+
+def test_peers_that_are_not_there_are_said_so(capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        main(["sft", "--quick", "--peers", str(tmp_path)])
+    assert "run `make bench`" in capsys.readouterr().err
