@@ -85,6 +85,16 @@ class Optimizer:
         guilty = [row for row in gather(found) if row is not None]
         return NotFinite(replace(error.culprit, role=role, row=min(guilty, default=None)))
 
+    def probe(self, role: str, backward: Callable[[], None]) -> None:
+        """Raises NotFinite where ``backward``, on a row that once was good, leaves a gradient that is not."""
+        self.forget()
+        try:
+            backward()
+            if not all(p.grad is None or p.grad.isfinite().all() for p in self.parameters):
+                raise NotFinite(Culprit(role, "gradient after the last step", "nan or inf"))
+        finally:
+            self.forget()
+
     def forget(self) -> None:
         """Drop the gradients that were summed up so far."""
         self.inner.zero_grad(set_to_none=True)

@@ -194,3 +194,13 @@ def test_a_gradient_is_traced_to_its_row(world_recipe, base, tmp_path, monkeypat
     assert main(words(world_recipe, base, tmp_path / "run", "sft", "--sft.max_steps", "2")) == 0
     found = incidents(tmp_path / "run")[0]
     assert found["quantity"] == "gradient norm" and found["batch"][found["row"]]["answer"]["ids"] == struck[0]
+
+
+@pytest.mark.parametrize("stage", ["sft", "rl/rto"])
+def test_a_model_that_its_last_step_spoilt_is_not_saved(world_recipe, base, tmp_path, capsys, stage):
+    """A huge step with a finite gradient: the loss still has a value, and no gradient any more."""
+    name = "sft" if stage == "sft" else "policy"
+    changes = [f"--{name}.lr", "1e30", f"--{name}.max_steps", "1", f"--{name}.batch", "8"]
+    assert main(words(world_recipe, base, tmp_path / "run", stage, *changes)) == 1
+    assert "the gradient after the last step of the policy is nan or inf" in capsys.readouterr().err
+    assert not list((tmp_path / "run").rglob("model.safetensors"))

@@ -25,6 +25,10 @@ every = 1
 rl_every = 1
 [guides.kto]
 loss = { type = "kto" }
+[guides.cached]
+cache_reference = true
+epochs = 2
+micro_tokens = 120
 [guides.apo]
 batch = 8
 rounds = { count = 2, extrapolation = 0.5 }

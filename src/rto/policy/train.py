@@ -104,13 +104,12 @@ def train(
     if saver is not None:
         saver.begin(0, iterations, moving)
     progress.start(stage, iterations, state.iteration)
-    seen: list[Completions] = []  # the last answers
+    seen: Completions | None = None  # the last answers
 
     def probe() -> None:
-        for completions in seen:
-            with torch.no_grad():
-                row = completions.rows(slice(0, 1)).to(policy.backbone.device)
-                require_finite(policy.logprobs(row)[0], "policy", "log-prob")
+        if seen is not None:
+            row = seen.rows(slice(0, 1)).to(policy.backbone.device)
+            state.policy.probe("policy", lambda: policy.logprobs(row)[0].sum().backward())
 
     while state.iteration < iterations or not (saver is None or saver.finish(iterations, moving, probe)):
         begun = time.perf_counter()
@@ -125,7 +124,7 @@ def train(
                 continue  # from the last checkpoint
             drawn, metrics = None, {SKIPPED: 1.0}
         if drawn is not None:
-            seen[:] = [drawn.completions]
+            seen = drawn.completions
             if oracle is not None:
                 truth = oracle(drawn.asked, drawn.completions)
                 metrics["oracle"] = sum(truth) / len(truth)

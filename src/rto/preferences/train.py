@@ -113,8 +113,7 @@ def fit(
     progress.start(stage, before + steps, before + state.step)
 
     def probe() -> None:
-        with torch.no_grad():
-            objective.loss([rows[order[0]]], 1.0)
+        state.optimizer.probe(_trained(objective), lambda: objective.loss([rows[order[0]]], 1.0)[0].backward())
 
     while state.step < steps or not (saver is None or saver.finish(before + steps, moving, probe)):
         begun = time.perf_counter()
@@ -182,9 +181,13 @@ def _step(optimizer: Optimizer, objective: Objective[Row], batch: list[Row], run
     try:
         return optimizer.step()
     except NotFinite as error:
-        role = "policy" if objective.role.head is None else "scorer"
+        role = _trained(objective)
         mine = runtime.share(list(range(len(batch))))
         raise optimizer.blame(role, error, mine, backward, runtime.gather_all).among(batch, range(len(batch))) from None
+
+
+def _trained(objective: Objective[Row]) -> str:
+    return "policy" if objective.role.head is None else "scorer"
 
 
 def gradients(objective: Objective[Row], batch: list[Row], budget: Budget, runtime: Runtime) -> tuple[float, Sums]:
