@@ -265,7 +265,7 @@ def test_an_interrupted_run_goes_on(finished, world_recipe, tmp_path, monkeypatc
 def test_a_training_that_blows_up_saves_nothing(world_recipe, tmp_path):
     failed = rto("run", world_recipe, "--output", str(tmp_path), "--sft.lr", "1e30", "--sft.epochs", "3")
     assert failed.code == 1
-    assert "rto: training stopped, nothing was saved after it: the " in failed.err
+    assert "rto: training stopped: sft, step 5: the " in failed.err
     assert " is nan " in failed.err
     assert " data rows [" in failed.err
     assert not (tmp_path / "stages.json").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,11 @@ def sizing(config: Config, job: Job, stages: Sequence[str]) -> Sizing:
     machine.warm_up(config.model.lora is not None, runtime)
     base = machine.resident() if runtime.device.type == "cpu" else 0
     limit = machine.memory(runtime.device)
-    found = [step() for step in Rehearsal(config, job.rows, runtime, heap_of(runtime.device)).stages(stages).values()]
+    found = []
+    for name, rehearse in Rehearsal(config, job.rows, runtime, heap_of(runtime.device)).stages(stages).items():
+        if sys.stderr.isatty():  # about a second a layer
+            print(f"rehearsing {name}", file=sys.stderr)
+        found.append(rehearse())
     misfits = [_misfit(config, job, stage, base, limit) for stage in found if base + stage.bytes > limit]
     disk = _disk(config, job, found, stages)
     models = sum(size for name, size in disk.items() if not name.startswith("checkpoints"))
@@ -64,20 +69,22 @@ def sizing(config: Config, job: Job, stages: Sequence[str]) -> Sizing:
 
 
 def _misfit(config: Config, job: Job, stage: StageMemory, base: int, limit: int) -> Misfit:
-    """Smaller micro-batches are rehearsed until one fits. Their holes are in proportion to those of the first."""
-    tokens, fitting = 2 ** (max(1, stage.micro_tokens - 1).bit_length() - 1), None
+    """The largest power of two that fits is searched for by bisection. Its holes are in proportion to those of the
+    configured one."""
     share = stage.bytes / max(1, stage.alive)
-    before = None
     verb = "evaluate" if stage.stage == "oracle" else stage.stage.partition("/")[0]
-    while tokens >= 1 and fitting is None:
-        smaller = Rehearsal(_with_micro_tokens(config, tokens), job.rows, job.runtime, None)
-        alive = smaller.stages([verb])[stage.stage]()
-        if alive.alive == before:  # one row alone, or the weights, are more than the micro-batch
-            break
-        before = alive.alive
-        if base + alive.alive * share <= limit:
-            fitting = tokens
-        tokens //= 2
+
+    def fits(exponent: int) -> bool:
+        smaller = Rehearsal(_with_micro_tokens(config, 2**exponent), job.rows, job.runtime, None)
+        return base + smaller.stages([verb])[stage.stage]().alive * share <= limit
+
+    low, high = 0, max(1, stage.micro_tokens - 1).bit_length()  # of 2 ** low it is known that it fits, of high not
+    fitting = None
+    if high > 0 and fits(low):
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        fitting = 2**low
     needed = base + stage.bytes
     roles: dict[str, int] = {}
     for (role, kind), size in stage.parts.items():
