@@ -78,6 +78,6 @@ def _told(culprit: Culprit, rows: Sequence[Any]) -> str:
         places.append(f"data rows {', '.join(str(row.row) for row in rows[:8])}{', ...' if len(rows) > 8 else ''}")
     places += [c.part] if c.part else []
     places += [f"token {c.token}"] if c.token is not None else []
-    if c.rows > 1:
+    if c.rows > 1 and c.bad:
         places.append(f"{c.bad} of {c.rows} rows" + (": the weights are suspect" if c.bad == c.rows else ""))
     return f"the {c.quantity} of the {c.role} is {c.value}" + (f" ({', '.join(places)})" if places else "")

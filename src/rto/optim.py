@@ -66,24 +66,25 @@ class Optimizer:
         backward: Callable[[int], None],
         gather: Callable[[Any], list[Any]],
     ) -> NotFinite:
-        """``error`` of :meth:`step` with the row whose gradient alone is not finite; without a row where it is the sum
-        that overflows. ``backward`` leaves the gradient of one row; ``rows`` are this process's."""
-        found = None
-        for row in rows:
-            self.forget()
-            try:
-                backward(row)
-            except NotFinite:
-                found = row
-                break
-            except (RuntimeError, MemoryError):  # the others wait below; this row stays unknown
-                continue
-            if not all(p.grad is None or p.grad.isfinite().all() for p in self.parameters):
-                found = row
-                break
+        """``error`` of :meth:`step` with the first row whose gradient alone is not finite; without one where it is the
+        sum that overflows. ``backward`` leaves the gradient of one row; ``rows`` are this process's."""
+        mine = [row for row in rows if self._breaks(backward, row)]
         self.forget()
-        guilty = [row for row in gather(found) if row is not None]
-        return NotFinite(replace(error.culprit, role=role, row=min(guilty, default=None)))
+        heard = gather((mine, len(rows)))
+        guilty = sorted(row for part, _ in heard for row in part)
+        count = sum(tried for _, tried in heard)
+        first = guilty[0] if guilty else None
+        return NotFinite(replace(error.culprit, role=role, row=first, bad=len(guilty), rows=count))
+
+    def _breaks(self, backward: Callable[[int], None], row: int) -> bool:
+        self.forget()
+        try:
+            backward(row)
+        except NotFinite:
+            return True
+        except (RuntimeError, MemoryError):  # not known; the others wait to hear of it
+            return False
+        return not all(p.grad is None or p.grad.isfinite().all() for p in self.parameters)
 
     def probe(self, role: str, backward: Callable[[], None]) -> None:
         """Raises NotFinite where ``backward``, on a row that once was good, leaves a gradient that is not."""

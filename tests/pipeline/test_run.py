@@ -267,7 +267,7 @@ def test_a_training_that_blows_up_saves_nothing(world_recipe, tmp_path):
     assert failed.code == 1
     assert "rto: training stopped: sft, step 5: the " in failed.err
     assert " is nan " in failed.err
-    assert " data rows [" in failed.err
+    assert "rows: the weights are suspect)" in failed.err
     assert not (tmp_path / "stages.json").exists()
     assert not (tmp_path / "sft").exists()
 

@@ -95,7 +95,7 @@ def draw(
         most = "not one is left" if lost == len(gone) else f"more than policy.max_missing = {config.max_missing} allows"
         raise ValueError(
             f"iteration {iteration + 1}: {lost} of {len(gone)} answers have no reward, {most}: see to what gives "
-            f"the rewards ({', '.join(EXTERNAL)})"
+            f"the rewards ({', '.join(EXTERNAL)})" + (f". {reader.failure}" if reader.failure else "")
         )
     keep = (~gone).nonzero().squeeze(-1)
     parts = {name: part[keep] for name, part in parts.items()}

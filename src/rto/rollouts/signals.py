@@ -68,7 +68,7 @@ class Reader:
         if "function" in self.needs:
             self._function = load_function(self._options["function"]["function"])
         self._failures = self._counted = 0  # since the last measures: answers for which the function raised; http's
-        self._warned = False
+        self.failure = ""  # the first thing that the function raised
         if "http" in self.needs:
             settings = self._options["http"]
             self._http = HttpScorer(settings["url"], settings["timeout"], settings["retries"], settings["batch"])
@@ -172,9 +172,9 @@ class Reader:
         return torch.nn.functional.pad(values, (0, c.ids.shape[1] - values.shape[1]))
 
     def _function_failed(self, said: str) -> None:
-        if not self._warned:
+        if not self.failure:
             logger.warning("%s. Such answers are dropped; function_failures counts them, later ones are not said", said)
-            self._warned = True
+            self.failure = said
         self._failures += 1
 
     def measures(self) -> dict[str, float]:
