@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from rto import config as recipe
 from rto.models.load import locate, scratch_network, without_dropout
 from rto.models.role import Backbone, Role
+from rto.models.runtime import MAPPED
 from rto.models.workshop import Workshop
 
 Label = tuple[str, str]  # role, and what its bytes are: "weights", "gradients", ...
@@ -39,19 +40,27 @@ class Glibc:
         self._take, self._give, self._ask = libc.posix_memalign, libc.free, libc.mallinfo2
         self._take.argtypes = [ctypes.POINTER(ctypes.c_void_p), ctypes.c_size_t, ctypes.c_size_t]
         self._give.argtypes, self._ask.restype = [ctypes.c_void_p], self._Info
+        self._mapped: dict[int, int] = {}  # blocks of the system's own, by place
+        self.most = 0  # bytes of these at once
 
     def take(self, size: int) -> int | None:
         """A block aligned as PyTorch aligns its tensors; None where there is no room."""
         place = ctypes.c_void_p()
-        return place.value if self._take(ctypes.byref(place), 64, max(1, size)) == 0 else None
+        if self._take(ctypes.byref(place), 64, max(1, size)) != 0:
+            return None
+        if size >= MAPPED and place.value is not None:
+            self._mapped[place.value] = size
+            self.most = max(self.most, sum(self._mapped.values()))
+        return place.value
 
     def give(self, place: int | None) -> None:
         if place is not None:
+            self._mapped.pop(place, None)
             self._give(place)
 
     def size(self) -> int:
-        """Bytes that the heap has from the system."""
-        return int(self._ask().field0)
+        """Bytes that the heap has from the system, which it keeps, and the most that large blocks had at once."""
+        return int(self._ask().field0) + self.most
 
 
 def heap_of(device: torch.device) -> Glibc | None:

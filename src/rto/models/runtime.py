@@ -102,12 +102,16 @@ class Runtime:
             self.accelerator.end_training()
 
 
+MAPPED = 2**25  # bytes from which a block is the system's own and goes back to it when it is freed
+
+
 def _keep_freed_memory() -> None:
-    """Let glibc reuse large freed blocks. By default it gives them back to the system, which clears every page anew
-    at the next use: about an eighth of the CPU time of a training step on SmolLM2-135M."""
+    """Let glibc reuse freed blocks below ``MAPPED``. By default it gives those of a few MB back to the system, which
+    clears every page anew at the next use. Larger ones would make holes in the heap: a tenth of the memory and more,
+    another amount in every run."""
     if platform.libc_ver()[0] == "glibc":
         libc, mmap_threshold, trim_threshold = ctypes.CDLL(None), -3, -1  # the numbers of malloc.h
-        libc.mallopt(mmap_threshold, 2**30)
+        libc.mallopt(mmap_threshold, MAPPED)
         libc.mallopt(trim_threshold, -1)  # never
 
 
