@@ -41,7 +41,7 @@ class Glibc:
         self._take.argtypes = [ctypes.POINTER(ctypes.c_void_p), ctypes.c_size_t, ctypes.c_size_t]
         self._give.argtypes, self._ask.restype = [ctypes.c_void_p], self._Info
         self._mapped: dict[int, int] = {}  # blocks of the system's own, by place
-        self.most = 0  # bytes of these at once
+        self._most = 0  # bytes of heap and large blocks at once
 
     def take(self, size: int) -> int | None:
         """A block aligned as PyTorch aligns its tensors; None where there is no room."""
@@ -50,17 +50,19 @@ class Glibc:
             return None
         if size >= MAPPED and place.value is not None:
             self._mapped[place.value] = size
-            self.most = max(self.most, sum(self._mapped.values()))
         return place.value
 
     def give(self, place: int | None) -> None:
+        if place in self._mapped:
+            self.size()  # the heap only grows, so the most there is at once stands before a large block goes
+            del self._mapped[place]
         if place is not None:
-            self._mapped.pop(place, None)
             self._give(place)
 
     def size(self) -> int:
-        """Bytes that the heap has from the system, which it keeps, and the most that large blocks had at once."""
-        return int(self._ask().field0) + self.most
+        """The most bytes that the heap, which only grows, and the large blocks have had from the system at once."""
+        self._most = max(self._most, int(self._ask().field0) + sum(self._mapped.values()))
+        return self._most
 
 
 def heap_of(device: torch.device) -> Glibc | None:
