@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -251,3 +252,19 @@ def test_an_error_without_a_row(tmp_path):
     (path,) = (tmp_path / "incidents").glob("*.json")
     text = path.read_text()
     assert '"text": "w3 w4 w5"' in text and '"row": 19' in text and "data rows 17, 19" in str(error)
+
+
+def test_a_stage_whose_every_step_was_left_out_has_no_model(tmp_path):
+    keeper, state = saver(tmp_path), moving()
+    keeper.begin(0, 2, state)
+    for step in (1, 2):
+        assert keeper.met(step, ERROR, state) is False
+        keeper.after(step, 2, state)
+    with pytest.raises(ValueError, match="prefer: every step was left out, nothing was trained: see .*incidents"):
+        keeper.finish(2, state, fine)
+
+
+def test_what_is_no_number_is_not_the_best(tmp_path):
+    keeper, state = saver(tmp_path, best=Best(metric="eval_x")), moving()
+    train(keeper, state, 0, 3, {1: math.nan, 2: 0.5, 3: 0.25})
+    assert state.weights["role"][0].tolist() == [2.0] * 3

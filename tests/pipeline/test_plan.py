@@ -8,6 +8,7 @@ import io
 import json
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from rto.models.rehearsal import GhostWorkshop, Tally, heap_of
 from rto.models.role import Backbone, Role
 from rto.models.runtime import Runtime
 from rto.optim import Optimizer
+from rto.pipeline import checks as checks_of
 from rto.pipeline import machine
 from rto.pipeline.checks import checks, licence
 from rto.pipeline.job import Job
@@ -205,6 +207,24 @@ def test_a_template_that_shows_training_another_prompt_is_a_problem(files_recipe
     found = {check.name: check for check in checks(config, job.rows, job.runtime)}
     assert found["chat template"].level == "problem"
     assert "--data.chat_template" in found["chat template"].text
+
+
+def test_trust_in_the_model_is_no_trust_in_a_guide(files_recipe, tiny_model, pairs_file, monkeypatch):
+    """Its repository's Python may not run because that of another role may."""
+    asked: list[tuple[str, bool]] = []
+    plain = checks_of.load_tokenizer
+
+    def load_tokenizer(name: str, trust: bool = False) -> Any:
+        asked.append((name, trust))
+        return plain(name, trust)
+
+    monkeypatch.setattr(checks_of, "load_tokenizer", load_tokenizer)
+    changes = [("model.name", tiny_model), ("data.pairs", pairs_file), ("model.trust_remote_code", "true")]
+    config = recipe.load(files_recipe, [*changes, ("prefer.checkpoint", tiny_model)])
+    job = Job(config, quiet=True)
+    found = {check.name: check.level for check in checks(config, job.rows, job.runtime)}
+    assert asked == [(tiny_model, False)]
+    assert found["code of model"] == "note" and "code of oracle" not in found
 
 
 def test_a_guide_with_another_tokenizer_is_a_problem(files_recipe, tiny_model, pairs_file, tmp_path):

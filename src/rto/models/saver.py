@@ -6,6 +6,7 @@ optimisers and a few numbers are the whole state.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -140,6 +141,8 @@ class Saver:
             raise ValueError(
                 f"best.metric = {metric!r} is not measured in {self.stage}; these are: {', '.join(sorted(metrics))}"
             )
+        if not math.isfinite(value):  # a user's oracle may say so; nothing would ever be better
+            return
         if before is None or (value > before if self.best.goal == "max" else value < before):
             self.state.best = float(value)
             if self.runtime.main:
@@ -175,8 +178,10 @@ class Saver:
 
         Raises:
             NotFinite: the model says no numbers.
-            ValueError: the best weights are gone.
+            ValueError: the best weights are gone, or every step was left out.
         """
+        if self.state.bad_step is not None and self.state.good_step is None:
+            raise ValueError(f"{self.stage}: every step was left out, nothing was trained: see {self.incidents.folder}")
         try:
             probe()
         except NotFinite as error:

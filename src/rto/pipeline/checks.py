@@ -133,19 +133,20 @@ def _end(config: Config, encoder: Encoder) -> Iterator[Check]:
 
 def _roles(config: Config, rows: Rows) -> Iterator[Check]:
     """Every role must read the policy's tokens; a scorer that does not is asked by text."""
-    ours, trust = rows.encoder.tokenizer, _trusted(config.model)
-    others: list[tuple[str, str, bool]] = []  # role, name, may be bridged
+    ours = rows.encoder.tokenizer
+    others: list[tuple[str, str, bool, bool]] = []  # role, name, may be bridged, its code is trusted
     for stage, guide in config.preferences().items():
         if guide.checkpoint is not None:
-            others.append((f"guide {stage}", guide.checkpoint, False))
+            others.append((f"guide {stage}", guide.checkpoint, False, False))
     for stage, scorer in config.rewards().items():
         if scorer.checkpoint is not None:
-            others.append((f"scorer {stage}", scorer.checkpoint, scorer.model is None))
+            others.append((f"scorer {stage}", scorer.checkpoint, scorer.model is None, False))
         if scorer.model is not None and not isinstance(scorer.model, recipe.Scratch):
-            others.append((f"scorer {stage}", locate(scorer.model), False))
-    if isinstance(config.evaluation.oracle, recipe.ModelOracle):
-        others.append(("oracle", config.evaluation.oracle.name, False))
-    for role, name, bridged in others:
+            others.append((f"scorer {stage}", locate(scorer.model), False, _trusted(scorer.model)))
+    oracle = config.evaluation.oracle
+    if isinstance(oracle, recipe.ModelOracle):
+        others.append(("oracle", oracle.name, False, oracle.trust_remote_code))
+    for role, name, bridged, trust in others:
         try:
             theirs = load_tokenizer(name, trust)
             if bridged and not has_vocabulary(ours, theirs):
@@ -192,7 +193,7 @@ def _precision(config: Config, runtime: Runtime) -> Iterator[Check]:
 def _cpu_has_bf16() -> bool:
     try:
         said = Path("/proc/cpuinfo").read_text()
-        return any(unit in said for unit in ("avx512_bf16", "amx_bf16", "bf16"))
+        return "bf16" in said  # avx512_bf16, amx_bf16, and bf16 on ARM
     except OSError:
         return True  # not known: no warning
 
@@ -200,6 +201,7 @@ def _cpu_has_bf16() -> bool:
 def _trust(config: Config) -> Iterator[Check]:
     models: dict[str, Any] = {"model": config.model}
     models |= {f"scorer {stage}": scorer.model for stage, scorer in config.rewards().items() if scorer.model}
+    models["oracle"] = config.evaluation.oracle
     for role, model in models.items():
         if _trusted(model):
             text = f"trust_remote_code is on for {model.name}: its repository's Python runs on this machine"
@@ -207,4 +209,4 @@ def _trust(config: Config) -> Iterator[Check]:
 
 
 def _trusted(model: Any) -> bool:
-    return isinstance(model, recipe.Pretrained) and model.trust_remote_code
+    return bool(getattr(model, "trust_remote_code", False))

@@ -178,8 +178,8 @@ class Rehearsal:
         if isinstance(config.evaluation.oracle, recipe.HeldoutOracle):
             roles["oracle"] = shop.open("oracle", "scorer", trained=False)
         if isinstance(config.evaluation.oracle, recipe.ModelOracle):
-            name = config.evaluation.oracle.name
-            roles["oracle"] = self._beside(shop, name).open("oracle", "scorer", trained=False, folder=name)
+            name, trust = config.evaluation.oracle.name, config.evaluation.oracle.trust_remote_code
+            roles["oracle"] = self._beside(shop, name, trust).open("oracle", "scorer", trained=False, folder=name)
         for each in config.policies().values():
             roles = self._readers(shop, each, roles)
         # Without adapters one policy goes when the next is there: two at a time.
@@ -202,8 +202,8 @@ class Rehearsal:
         tally = Tally(shop.vocabulary(), self.heap)
         return shop.begin(tally), tally
 
-    def _beside(self, shop: GhostWorkshop, name: str) -> GhostWorkshop:
-        model = recipe.Pretrained(name=name)
+    def _beside(self, shop: GhostWorkshop, name: str, trust: bool = False) -> GhostWorkshop:
+        model = recipe.Pretrained(name=name, trust_remote_code=trust)
         other = GhostWorkshop(model, name, self.rows.encoder.tokenizer, self.runtime, self.config.seed)
         return other.begin(shop.tally)
 
