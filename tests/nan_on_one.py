@@ -13,8 +13,8 @@ from rto.models.role import Role
 plain, calls = Role.logprobs, []
 
 
-def wrong(role: Role, completions: Any, *rest: Any) -> Any:
-    values, entropy = plain(role, completions, *rest)
+def wrong(role: Role, completions: Any, *rest: Any, **more: Any) -> Any:
+    values, entropy = plain(role, completions, *rest, **more)
     if os.environ["RANK"] == "1" and values.requires_grad:
         calls.append(1)
         if len(calls) == 2:

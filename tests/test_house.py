@@ -23,6 +23,7 @@ SRC = ROOT / "src"
 
 # From the bottom up: a unit (a module or package directly in rto) imports lower floors only.
 FLOORS = (
+    {"output_layer"},
     {"batch", "config", "finite", "numerics", "segments", "seeds"},
     {"report", "data", "rewards", "models", "advantages", "optim", "recipe", "theory"},
     {"rollouts", "preferences"},
@@ -36,7 +37,7 @@ FLOORS = (
 EXCEPTIONS: dict[tuple[str, str], str] = {}
 
 # Plain tensor code: it must load, and be readable, without the model libraries.
-MATHS = ("batch.py", "numerics.py", "rewards/**/*.py", "advantages/**/*.py", "preferences/**/*.py")
+MATHS = ("batch.py", "numerics.py", "output_layer.py", "rewards/**/*.py", "advantages/**/*.py", "preferences/**/*.py")
 MATHS += tuple(f"policy/{name}.py" for name in ("ppo", "value", "kl", "kl_loss", "p3o", "rebel", "scaling", "ema"))
 LOOPS = {
     f"preferences/{name}.py" for name in ("train", "objectives", "groups", "cache", "rounds")

@@ -13,6 +13,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from rto.output_layer import selected_logprobs
+
 Reduction = Literal["token", "sequence"]
 
 
@@ -60,27 +62,35 @@ def token_logprobs(
     hidden: Float[Tensor, "B T H"],
     labels: Int[Tensor, "B T"],
     mask: Bool[Tensor, "B T"],
-    project: Callable[[Float[Tensor, "N H"]], Float[Tensor, "N V"]],
+    project: Callable[[Float[Tensor, "N H"]], Float[Tensor, "N V"]] | Float[Tensor, "V H"],
     temperature: float = 1.0,
-    chunk: int = 256,
+    chunk: int = 128,
+    entropy: bool = True,
 ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
     """Log-prob of each label and entropy of its distribution, in nats and float32; zero outside the mask.
 
-    ``project`` maps states to logits. It runs on ``chunk`` unmasked positions at a time and, in training,
-    again in the backward pass, so that at most [chunk, V] logits exist at once. The entropy is detached.
+    ``project`` maps states to logits: the weights of an output layer that is only these
+    (:mod:`rto.output_layer`), or a function. A function runs on ``chunk`` unmasked positions at a time and, in
+    training, again in the backward pass, so that at most [chunk, V] logits exist at once. The entropy is detached;
+    ``entropy`` False: nobody reads it, and it may be zero.
     """
     where = mask.nonzero(as_tuple=True)
     states, targets = hidden[where], labels[where]
+    if isinstance(project, Tensor):
+        found = selected_logprobs(states, project, targets, temperature, entropy)
+        blank = found[0].new_zeros(mask.shape)
+        return blank.index_put(where, found[0]), blank.index_put(where, found[1])
+    to_logits = project
 
     def score(states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits = project(states)
+        logits = to_logits(states)
         logits = logits.float() if logits.dtype != torch.float64 else logits
         if temperature != 1.0:
             logits = logits / temperature
         logprobs = logits - logits.logsumexp(-1, keepdim=True)
         with torch.no_grad():
-            entropy = -(logprobs.exp() * logprobs.clamp(min=-1e4)).sum(-1)
-        return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropy
+            disorder = -(logprobs.exp() * logprobs.clamp(min=-1e4)).sum(-1)
+        return logprobs.gather(-1, targets[:, None]).squeeze(-1), disorder
 
     again = torch.is_grad_enabled()  # no gradient, nothing to recompute
     parts = [
@@ -88,9 +98,9 @@ def token_logprobs(
         for s, t in zip(states.split(chunk), targets.split(chunk), strict=True)
     ]
     # An empty mask gives one empty part, so that a batch of padding still has a gradient (zero).
-    logprobs, entropy = (torch.cat(values) for values in zip(*parts, strict=True))
+    logprobs, disorder = (torch.cat(values) for values in zip(*parts, strict=True))
     blank = logprobs.new_zeros(mask.shape)
-    return blank.index_put(where, logprobs), blank.index_put(where, entropy)
+    return blank.index_put(where, logprobs), blank.index_put(where, disorder)
 
 
 def token_kl(
@@ -99,7 +109,7 @@ def token_kl(
     mask: Bool[Tensor, "B T"],
     project: Callable[[Float[Tensor, "N H"]], Float[Tensor, "N V"]],
     project_reference: Callable[[Float[Tensor, "N K"]], Float[Tensor, "N V"]],
-    chunk: int = 256,
+    chunk: int = 128,
 ) -> Float[Tensor, "B T"]:
     """KL(reference || policy) of the next token over the whole vocabulary, nats and float32; zero outside the mask.
 

@@ -35,7 +35,12 @@ class Optimizer:
             p.requires_grad_(True)
         make = torch.optim.AdamW if training.optimizer == "adamw" else torch.optim.Adam
         self.inner = make(
-            self.parameters, lr=lr, betas=training.betas, eps=training.eps, weight_decay=training.weight_decay
+            self.parameters,
+            lr=lr,
+            betas=training.betas,
+            eps=training.eps,
+            weight_decay=training.weight_decay,
+            fused=True,  # one pass over the weights, and nothing of their size beside them
         )
         self.training, self.lr, self.steps, self.step_count = training, lr, steps, 0
         self.scale = 1.0  # of the learning rate, lowered after a rollback
@@ -111,6 +116,5 @@ class Optimizer:
         for name, saved in tensors.items():
             number, _, key = name.partition("/")
             p = self.parameters[int(number)]
-            at = saved.device if saved.dim() == 0 else p.device  # the count of steps stays where Adam keeps it
-            self.inner.state[p][key] = saved.clone().to(at)
+            self.inner.state[p][key] = saved.clone().to(p.device)
         self.step_count = step_count

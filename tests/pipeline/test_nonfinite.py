@@ -41,8 +41,8 @@ class Injected:
         self.ids: list[int] = []  # the answer that was struck
         plain = getattr(Role, method)
 
-        def wrong(role: Role, completions: Any, *rest: Any) -> Any:
-            said = plain(role, completions, *rest)
+        def wrong(role: Role, completions: Any, *rest: Any, **more: Any) -> Any:
+            said = plain(role, completions, *rest, **more)
             if getattr(role, "owner", None) != owner or len(completions) < 2:
                 return said
             self.calls += 1
@@ -179,8 +179,8 @@ def test_a_gradient_is_traced_to_its_row(world_recipe, base, tmp_path, monkeypat
         def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
             return gradient * math.nan
 
-    def wrong(role: Role, completions: Any, *rest: Any) -> Any:
-        values, entropy = plain(role, completions, *rest)
+    def wrong(role: Role, completions: Any, *rest: Any, **more: Any) -> Any:
+        values, entropy = plain(role, completions, *rest, **more)
         if not values.requires_grad:
             return values, entropy
         ids = [row[mask].tolist() for row, mask in zip(completions.ids, completions.mask, strict=True)]

@@ -21,7 +21,7 @@ from rto.finite import NotFinite, require_finite
 from rto.models.memory import Budget
 from rto.models.role import Role
 from rto.models.runtime import Runtime
-from rto.numerics import masked_sum, predicting, reduce, token_logprobs
+from rto.numerics import masked_sum, predicting, reduce
 from rto.preferences.cache import ReferenceCache
 from rto.preferences.sft import sft
 
@@ -87,7 +87,7 @@ class SftObjective:
         batch = collate_completions(
             [r.prompt for r in rows], [r.answer for r in rows], [r.finished for r in rows], self.pad
         ).to(self.role.backbone.device)
-        logprobs, _ = self.role.logprobs(batch)
+        logprobs, _ = self.role.logprobs(batch, entropy=False)
         require_finite(logprobs, "policy", "log-prob", [(i, "answer") for i in range(len(rows))])
         return reduce(sft(logprobs), batch.mask, "token", total), {}
 
@@ -195,7 +195,7 @@ class PairObjective(Compared):
         assert self.reference is not None
         with torch.no_grad():
             states = predicting(self.reference.hidden(both), both.ids.shape[1])
-            frozen, _ = token_logprobs(states, both.ids, both.mask, self.reference.backbone.project)
+            frozen, _ = self.reference.logprobs_from(states, both, entropy=False)
         require_finite(frozen, "reference", "log-prob", of)
         logprobs, kl = self.role.logprobs_and_kl(both, self.reference, states)
         require_finite(logprobs, "policy", "log-prob", of)
@@ -286,12 +286,12 @@ def log_ratio_parts(
 
         @torch.no_grad()
         def compute() -> Tensor:
-            logprobs, _ = frozen.logprobs(batch)
+            logprobs, _ = frozen.logprobs(batch, entropy=False)
             require_finite(logprobs, "reference", "log-prob", of)
             return masked_sum(logprobs, batch.mask)
 
         found["reference"] = compute() if cache is None else cache.sums(ids, compute).to(batch.ids.device)
-    logprobs, _ = role.logprobs(batch)
+    logprobs, _ = role.logprobs(batch, entropy=False)
     require_finite(logprobs, "policy", "log-prob", of)
     found[""] = masked_sum(logprobs, batch.mask)
     return found

@@ -38,7 +38,9 @@ def in_micro_batches(
 
 def token_logprobs(role: Role, completions: Completions, budget: int, temperature: float = 1.0) -> Float[Tensor, "B T"]:
     """Log-prob of each response token under ``role``."""
-    return in_micro_batches(completions, lambda c: role.logprobs(c, temperature)[0], budget, role.backbone.device)
+    return in_micro_batches(
+        completions, lambda c: role.logprobs(c, temperature, entropy=False)[0], budget, role.backbone.device
+    )
 
 
 def logprobs_and_entropy(

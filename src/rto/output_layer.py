@@ -1,0 +1,111 @@
+"""Log-probs of given tokens from the output layer's weights, a block of the vocabulary at a time.
+
+No [N, V] logits ever exist: memory does not grow with the vocabulary, blocks stay in the processor's caches, and each
+weight is read, and its gradient written, once a pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+# Logits that exist at once: on a CPU as many as its caches hold, on a GPU enough to keep it busy.
+LOGITS = {"cpu": 2**20, "cuda": 2**26}
+FEWEST = 1024  # words of a block: narrower matrix products are slow
+
+
+def selected_logprobs(
+    states: Float[Tensor, "N H"],
+    weight: Float[Tensor, "V H"],
+    labels: Int[Tensor, " N"],
+    temperature: float = 1.0,
+    entropy: bool = True,
+    block: int | None = None,
+) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+    """Log-softmax of ``states @ weight.T / temperature`` at ``labels``, and its entropy (nats, detached; zero where it
+    is not asked for). Matrix products are in the precision of ``states``, all else in float32 or better.
+
+    ``block`` words at a time; None: a good number for the device. With frozen weights the gradient of a log-prob p_y,
+    (w_y - sum_v p_v w_v) / temperature, is summed up in the forward pass, so that logits are computed once. Weights
+    that are trained need every p_v for their own gradient: there the backward pass computes the logits again.
+    """
+    if block is None:
+        room = LOGITS.get(states.device.type, LOGITS["cuda"])
+        block = max(FEWEST, room // max(1, len(states)))
+    return _Selected.apply(states, weight, labels, temperature, entropy, block)
+
+
+class _Selected(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, states: Tensor, weight: Tensor, labels: Tensor, temperature: float, entropy: bool, block: int
+    ) -> tuple[Tensor, Tensor]:
+        precise = torch.promote_types(states.dtype, torch.float32)
+        x = states if temperature == 1.0 else states / temperature
+        ahead = ctx.needs_input_grad[0] and not ctx.needs_input_grad[1]
+        rows = x.new_zeros(len(x), dtype=precise)
+        # Sums of exp(logit - top), of (logit - top) times that, and of that times the word's weights
+        top, mass, spread = torch.full_like(rows, torch.finfo(precise).min), rows, rows
+        mean = x.new_zeros(x.shape, dtype=precise) if ahead else None
+        picked = rows
+        for start, words in _blocks(weight, block):
+            words = words.to(x.dtype)
+            logits = (x @ words.T).to(precise)
+            at = (labels - start).clamp(0, len(words) - 1)
+            here = (labels >= start) & (labels < start + len(words))
+            picked = torch.where(here, logits.gather(1, at[:, None]).squeeze(1), picked)
+            higher = torch.maximum(top, logits.amax(-1))
+            shrink = (top - higher).exp()
+            shifted = logits.sub_(higher[:, None])
+            if entropy:
+                shifted.clamp_(min=-1e4)  # 0 times -inf is no number
+                e = shifted.exp()
+                spread = shrink * (spread - (higher - top) * mass) + torch.linalg.vecdot(e, shifted)
+            else:
+                e = shifted.exp_()
+            mass = shrink * mass + e.sum(-1)
+            if mean is not None:
+                mean.mul_(shrink[:, None]).add_(e.to(x.dtype) @ words)
+            top = higher
+        total = top + mass.log()
+        if mean is not None:
+            direction = (weight[labels].to(precise) - mean / mass[:, None]) / temperature
+            ctx.save_for_backward(direction)
+        else:
+            ctx.save_for_backward(x, weight, labels, total)
+        ctx.ahead, ctx.temperature, ctx.block, ctx.kind = ahead, temperature, block, states.dtype
+        disorder = mass.log() - spread / mass if entropy else torch.zeros_like(total)
+        ctx.mark_non_differentiable(disorder)
+        return picked - total, disorder
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if ctx.ahead:
+            (direction,) = ctx.saved_tensors
+            return (gradient[:, None] * direction).to(ctx.kind), None, None, None, None, None
+        x, weight, labels, total = ctx.saved_tensors
+        for_states, for_weight = ctx.needs_input_grad[:2]
+        states = torch.zeros_like(x, dtype=total.dtype) if for_states else None
+        weights = torch.empty_like(weight) if for_weight else None
+        for start, words in _blocks(weight, ctx.block):
+            stop, words = start + len(words), words.to(x.dtype)
+            share = (x @ words.T).to(total.dtype).sub_(total[:, None]).exp_().mul_(-gradient[:, None])
+            row = ((labels >= start) & (labels < stop)).nonzero().squeeze(-1)
+            share[row, labels[row] - start] += gradient[row]
+            share = share.to(x.dtype)
+            if states is not None:
+                states += share @ words
+            if weights is not None and weights.dtype == x.dtype:
+                torch.mm(share.T, x, out=weights[start:stop])
+            elif weights is not None:
+                weights[start:stop] = share.T @ x
+        if states is not None:
+            states = states.div_(ctx.temperature).to(ctx.kind)
+        return states, weights, None, None, None, None
+
+
+def _blocks(weight: Tensor, block: int) -> list[tuple[int, Tensor]]:
+    return [(start, weight[start : start + block]) for start in range(0, len(weight), block)]
