@@ -73,3 +73,13 @@ def test_rto_on_pythia_has_the_published_values():
     assert terms_of(rto_run) == [{"type": "implicit", "scale": 0.1, "clip": None, "placement": "token"}]
     assert [term["type"] for term in terms_of(ppo_run)] == ["terminal"]
     assert config.evaluation.prompts == 400
+
+
+def test_rto_on_one_gpu_shares_one_backbone():
+    config = resolve(recipe.load(RECIPES / "rto-qwen-7b-1gpu.toml"))
+    model, (policy,) = config.model, config.policies().values()
+    assert model.lora.r == 16 and (model.dtype, model.attention) == ("bfloat16", "flash_attention_2")
+    assert model.packing and model.gradient_checkpointing
+    assert config.reward.model is None and config.prefer.checkpoint is None  # each an adapter on the same weights
+    assert policy.critic.trunk == "policy" and policy.loss["type"] == "ppo"
+    assert [term["type"] for term in terms_of(policy)] == ["implicit", "terminal"]

@@ -145,10 +145,33 @@ class Kl(Section):
 class Critic(Section):
     """The value model. Its schedule is the policy's, with a learning rate of its own."""
 
+    trunk: Literal["own", "policy", "detached"] = "own"  # below its head; detached: the policy's, out of its reach
     lr: float = Field(9e-6, gt=0)
-    init: Literal["scorer", "reference"] = "scorer"
+    init: Literal["scorer", "reference"] | None = None  # of a trunk of its own; none: scorer
+    coef: float | None = Field(None, gt=0)  # of the value loss in the gradient of a policy's trunk; none: 0.1
     clip: float | None = Field(0.2, gt=0)
     warmup: int = Field(0, ge=0)  # first iterations that train the critic alone
+
+    @model_validator(mode="after")
+    def _of_this_trunk(self):
+        remedy = "leave it out, or set it to 'none' where it is inherited"
+        if self.init is not None and self.trunk != "own":
+            raise ValueError(
+                f"init = {self.init!r} is for trunk = 'own': on trunk = {self.trunk!r} the head is fresh; {remedy}"
+            )
+        if self.coef is not None and self.trunk != "policy":
+            raise ValueError(
+                f"coef = {self.coef:g} is for trunk = 'policy', where the value loss also trains the policy's trunk; "
+                f"trunk is {self.trunk!r}: {remedy}"
+            )
+        return self
+
+    @property
+    def weight(self) -> float:
+        """Of the value loss in the gradient."""
+        if self.trunk != "policy":
+            return 1.0
+        return 0.1 if self.coef is None else self.coef
 
 
 class Policy(Training):

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from rto.data.rows import Rows, make_rows, make_tokenizer
 from rto.data.sources import write_rejected
 from rto.models.checkpoint import fingerprint, save_role
 from rto.models.incidents import Incidents
+from rto.models.kernels import check_device
 from rto.models.load import locate
 from rto.models.role import Role
 from rto.models.runtime import Runtime, peak_memory_mb
@@ -66,6 +67,10 @@ class Job:
 
     def __post_init__(self) -> None:
         self.runtime = Runtime(self.config.device, self.config.trackers, self.config.output)
+        models = [self.config.model, *(scorer.model for scorer in self.config.rewards().values())]
+        for model in models:
+            if model is not None:
+                check_device(model, self.runtime.device)
         self.progress = Progress(enabled=self.runtime.main and not self.quiet)
 
     @property
@@ -120,6 +125,8 @@ class Job:
             self.progress.say(f"{step.name}: goes on after step {at}")
         else:
             self.log.drop_stage(step.name)
+        if self.doing is None:  # the first that there is to do
+            self.progress.say(f"{self.runtime.device}: {self.runtime.threads}")
         self.doing = step
         try:
             path = step.work(self)
@@ -130,7 +137,8 @@ class Job:
             record = {"path": path, "seconds": time.perf_counter() - begun, "peak_memory_mb": peak_memory_mb()}
             # A comparison that lacks this stage's model is no longer the whole one.
             kept = {name: other for name, other in self.finished().items() if not other.get("redo")}
-            record |= {"redo": step.redo, "inputs": step.inputs}
+            machine = {"device": str(self.runtime.device), **asdict(self.runtime.threads)}
+            record |= {"machine": machine, "redo": step.redo, "inputs": step.inputs}
             write_json(self.folder / "stages.json", kept | {step.name: record})
             self._clear(step.name)
         self.runtime.wait()

@@ -22,6 +22,7 @@ from rto.models.rehearsal import GhostWorkshop, Glibc, Label, Tally, base_of, wa
 from rto.models.role import Role
 from rto.models.runtime import Runtime
 from rto.models.segment import SegmentScorer
+from rto.models.trunk import TrunkCritic
 from rto.optim import Optimizer
 from rto.pipeline.passes import (
     PASS,
@@ -144,7 +145,7 @@ class Rehearsal:
         learner = shop.open("policy", "policy", trained=True)
         if policy.kl.ema is not None:
             roles["moving"] = shop.open("moving", "policy", trained=False)
-        critic = self._critic(shop, policy) if reads_values(policy) else None
+        critic = self._critic(shop, policy, learner) if reads_values(policy) else None
         asked = asked_prompts(policy, self.rows, self.config.seed)
         answers = longest_answers(asked, self.rows.encoder, policy.reading_tokens)
         optimizers = {"policy": Optimizer(learner.parameters(), policy, policy.lr, 1)}
@@ -220,7 +221,11 @@ class Rehearsal:
             found[scorer] = self._scorer(shop, scorer, trained=False, called=scorer.replace("/", "_"))
         return found
 
-    def _critic(self, shop: GhostWorkshop, policy: Policy) -> Role:
+    def _critic(self, shop: GhostWorkshop, policy: Policy, learner: Role) -> Role:
+        if policy.critic.trunk != "own":
+            critic, shop.role = TrunkCritic(learner, 0, detached=policy.critic.trunk == "detached"), "critic"
+            shop._ghost(critic.head, "weights", mapped=False)
+            return critic
         if policy.critic.init == "reference":
             return shop.open("critic", "scorer", trained=True)
         return self._scorer(shop, scorer_stage(policy), trained=True, called="critic")
@@ -304,6 +309,7 @@ def _cost(policy: Policy) -> tuple[Any, ...]:
         guide_stage(policy),
         scorer_stage(policy),
         policy.critic.init,
+        policy.critic.trunk,
         reads_values(policy),
         policy.kl.ema is None,
     )

@@ -12,17 +12,20 @@ from rto import rewards
 from rto.batch import Completions
 from rto.config import Policy, Supervised
 from rto.data.chat import Encoder
-from rto.data.collate import collate_completions, collate_prompts, micro_batches
+from rto.data.collate import collate_completions, micro_batches
 from rto.data.rows import Rows
+from rto.models.prepacked import copied
 from rto.models.rehearsal import Tally
 from rto.models.role import Role
 from rto.models.runtime import Runtime
+from rto.models.trunk import TrunkCritic
 from rto.pipeline.resolve import terms_of
 from rto.policy import LOSSES, is_pairwise
 from rto.policy.rollout import prompts_of
 from rto.policy.update import Buffer, Learner, update
 from rto.rollouts.attention import attention_weights
-from rto.rollouts.generate import pick
+from rto.rollouts.generate import read_prompts
+from rto.rollouts.pick import pick
 from rto.rollouts.score import state_values, token_logprobs, token_values
 from rto.seeds import shuffled
 
@@ -98,15 +101,15 @@ def _answered(asked: list[list[int]], encoder: Encoder) -> Completions:
 @torch.no_grad()
 def sample(tally: Tally, role: Role, asked: Sequence[list[int]], encoder: Encoder, policy: Policy) -> None:
     """The prompts' pass, then the last step of decoding, where the cache is at its longest."""
-    from transformers import DynamicCache
-
     limit = encoder.max_response
-    group = micro_batches([len(ids) + limit for ids in asked], policy.reading_tokens)[0]
-    prompts = collate_prompts([asked[i] for i in group], encoder.pad).to(role.backbone.device)
+    groups = micro_batches([len(ids) + limit for ids in asked], policy.reading_tokens)
+    prompts = [asked[i] for i in groups[0]]
+    tally.label = ("pass", "weights")
+    copies = [torch.empty_like(base.weight) for _, base in copied(role, limit * len(groups))]
     tally.label = PASS
     backbone = role.activate()
-    cache = DynamicCache(config=backbone.network.config)
-    backbone.project(backbone.states(prompts.ids, prompts.mask, cache)[:, -1])
+    states, mask, cache = read_prompts(backbone, prompts, limit, encoder.pad)
+    backbone.project(states)
     for i, layer in enumerate(cache.layers):
         keys = getattr(layer, "keys", None)  # layers without attention keep something else
         if keys is None:
@@ -117,9 +120,11 @@ def sample(tally: Tally, role: Role, asked: Sequence[list[int]], encoder: Encode
             cache.update(later, later, i)
         for kept in ("keys", "values"):
             tally.relabel(getattr(layer, kept), ("pass", "KV cache"))
-    mask = torch.ones(len(prompts), prompts.ids.shape[1] + max(1, limit - 1), dtype=torch.bool)
-    logits = backbone.project(backbone.states(prompts.ids[:, -1:], mask.to(prompts.ids.device), cache)[:, -1])
-    pick(logits, torch.zeros(len(prompts), device=prompts.ids.device), policy.temperature, 1.0)
+    mask = mask.new_ones(len(prompts), mask.shape[1] + max(1, limit - 1))
+    words = torch.full((len(prompts), 1), encoder.end, device=backbone.device)
+    logits = backbone.project(backbone.states(words, mask, cache)[:, -1])
+    pick(logits, torch.zeros(len(prompts), device=backbone.device), policy.temperature, 1.0)
+    del copies
 
 
 def read(
@@ -131,7 +136,7 @@ def read(
     token_logprobs(roles.get("reference", policy), answers, budget, settings.temperature)
     if scorers:
         token_values(scorers[0], answers, budget)
-    if critic is not None:
+    if critic is not None and not isinstance(critic, TrunkCritic):  # its values come with the answers
         state_values(critic, answers, budget)
     for term in rewards.live(terms_of(settings)):
         if term["type"] == "attention":

@@ -19,6 +19,7 @@ from rto.models.load import load_tokenizer, locate, same_vocabulary, scratch_net
 from rto.models.memory import Budget
 from rto.models.role import Role
 from rto.models.segment import SegmentScorer
+from rto.models.trunk import TrunkCritic
 from rto.models.workshop import Workshop, verify
 from rto.pipeline.job import Job
 from rto.pipeline.readers import adapter_name, make_reader
@@ -160,7 +161,7 @@ def rl(job: Job, name: str, policy: Policy, terms: list[Spec]) -> str:
     rl_loop.train(
         f"rl/{name}",
         learner,
-        _critic(job, shop, policy) if rl_loop.reads_values(policy) else None,
+        _critic(job, shop, policy, learner) if rl_loop.reads_values(policy) else None,
         reader,
         rows.prompts,
         policy,
@@ -176,7 +177,9 @@ def rl(job: Job, name: str, policy: Policy, terms: list[Spec]) -> str:
     return f"rl/{name}"
 
 
-def _critic(job: Job, shop: Workshop, policy: Policy) -> Role:
+def _critic(job: Job, shop: Workshop, policy: Policy, learner: Role) -> Role:
+    if policy.critic.trunk != "own":
+        return TrunkCritic(learner, job.config.seed, detached=policy.critic.trunk == "detached")
     if policy.critic.init == "reference":
         return shop.new_scorer("critic", None)
     stage = scorer_stage(policy)

@@ -19,6 +19,7 @@ from rto.finite import NotFinite
 from rto.models.memory import Budget
 from rto.models.role import Role
 from rto.models.runtime import Runtime
+from rto.models.trunk import TrunkCritic
 from rto.rollouts.generate import SeedName, generate
 from rto.rollouts.score import state_values
 from rto.rollouts.signals import EXTERNAL, Reader, check_finite, missing
@@ -78,7 +79,7 @@ def draw(
     names: list[SeedName] = [("rollouts", iteration, i) for i in mine]
 
     def work(tokens: int) -> dict[str, Tensor]:
-        made = _answers(policy, own, names, config, encoder, seed, config.temperature, tokens)
+        made = _answers(policy, own, names, config, encoder, seed, config.temperature, tokens, critic)
         parts = _read(reader, made, policy, own, critic, tokens)
         return parts | {"ids": made.completions.ids}
 
@@ -116,7 +117,9 @@ def _answers(
     seed: int,
     temperature: float,
     tokens: int,
+    critic: Role | None = None,
 ) -> Rollouts:
+    """With values where the critic is a head on the policy's trunk."""
     return generate(
         policy,
         [row.ids for row in asked],
@@ -127,6 +130,7 @@ def _answers(
         pad=encoder.pad,
         temperature=temperature,
         budget=tokens,
+        head=critic.head if isinstance(critic, TrunkCritic) else None,
     )
 
 
@@ -163,7 +167,9 @@ def _read(
     try:
         reader.budget = tokens
         parts = reader.read(c, made.logprobs, policy, asked)
-        if critic is not None:
+        if made.values is not None:
+            parts["values"] = made.values
+        elif critic is not None:
             parts["values"] = state_values(critic, c, tokens)
         check_finite(parts)
     except NotFinite as error:

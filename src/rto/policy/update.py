@@ -9,16 +9,17 @@ from functools import partial
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from rto.batch import Completions, _Rows
 from rto.config import Policy
 from rto.data.chat import AnswerRow
 from rto.data.collate import micro_batches, trim
-from rto.finite import NotFinite, require_finite
+from rto.finite import Culprit, NotFinite, require_finite
 from rto.models.memory import Budget
 from rto.models.role import Role
 from rto.models.runtime import Runtime
+from rto.models.trunk import TrunkCritic
 from rto.numerics import masked_sum, reduce
 from rto.optim import Optimizer
 from rto.policy import LOSSES, is_pairwise
@@ -31,6 +32,8 @@ from rto.seeds import shuffled
 Sums = dict[str, float]
 First = Callable[[int], Sums] | None
 Loss = Callable[["Buffer", float], tuple[Tensor, Sums]]
+Together = dict[str, Optimizer]  # by role: all of them take a step, or none
+WHOLE = ("policy/loss", "policy/ptx_loss", "value/loss")  # shares of a minibatch; other sums are over its tokens
 SKIPPED = "skipped"  # optimiser steps that were not finite, of an iteration
 
 
@@ -68,6 +71,21 @@ class Learner:
     critic_optimizer: Optimizer | None = None
     demonstrations: Sequence[AnswerRow] = ()  # for the PTX mix
 
+    @property
+    def trunk_critic(self) -> TrunkCritic | None:
+        """A critic whose values come from the policy's own pass."""
+        return self.critic if isinstance(self.critic, TrunkCritic) else None
+
+    @property
+    def policy_step(self) -> Together:
+        """What steps with the policy: a critic on its trunk too."""
+        return {"policy": self.policy_optimizer} | (self.critic_step if self.trunk_critic is not None else {})
+
+    @property
+    def critic_step(self) -> Together:
+        assert self.critic_optimizer is not None
+        return {"critic": self.critic_optimizer}
+
 
 def update(
     learner: Learner,
@@ -84,30 +102,32 @@ def update(
     ``met`` is told of a step that is not finite, whose row is the number of an answer; if it returns, the step is left
     out, and ``skipped`` counts it.
 
-    In the first ``config.critic.warmup`` iterations only the critic learns, where there is one. A pairwise
-    loss keeps the two answers of a prompt together.
+    In the first ``config.critic.warmup`` iterations only the critic learns, where there is one. After them a critic
+    on the policy's trunk learns in the policy's pass, and both step or none. A pairwise loss keeps the two answers of a
+    prompt together.
     """
     kept: dict[str, list[float]] = {}
     skipped = 0.0
     pairwise = is_pairwise(LOSSES[config.loss["type"]])
     units = _pairs(buffer) if pairwise else [[i] for i in range(len(buffer))]
     size = config.batch // len(units[0]) if units else 1
+    learns = learner.critic is None or iteration >= config.critic.warmup  # the policy
+    apart = learner.critic is not None and not (learns and learner.trunk_critic is not None)  # the critic's pass
     for epoch in range(config.updates):
         order = shuffled(len(units), seed, "minibatches", iteration, epoch)
         for start in range(0, len(order), size):
             index = [row for unit in order[start : start + size] for row in units[unit]]
             rows = buffer.rows(torch.tensor(index))
             metrics: dict[str, float] = {}
-            if learner.critic is None or iteration >= config.critic.warmup:
+            if learns:
                 fresh = epoch == 0 and start == 0
                 draw = partial(_ptx, learner, config, (seed, "ptx", iteration, epoch, start), runtime)
                 step = _pairwise_step if pairwise else _tokenwise_step
                 work = partial(step, learner, rows, config, kl_coef, runtime, fresh, draw if config.ptx else None)
-                metrics |= _tried(work, rows, learner.policy_optimizer, met)
-            if learner.critic is not None:
-                assert learner.critic_optimizer is not None
+                metrics |= _tried(work, rows, learner.policy_step, met)
+            if apart:
                 work = partial(_critic_step, learner, rows, config, runtime)
-                metrics |= _tried(work, rows, learner.critic_optimizer, met)
+                metrics |= _tried(work, rows, learner.critic_step, met)
             skipped += metrics.pop(SKIPPED, 0.0)
             for key, value in metrics.items():
                 kept.setdefault(key, []).append(value)
@@ -122,12 +142,12 @@ def update(
     return means
 
 
-def _tried(work: Callable[[], Sums], rows: Buffer, optimizer: Optimizer, met: Callable[[NotFinite], None]) -> Sums:
+def _tried(work: Callable[[], Sums], rows: Buffer, together: Together, met: Callable[[NotFinite], None]) -> Sums:
     """What ``work`` measures, or one step that was left out."""
     try:
         return work()
     except NotFinite as error:
-        optimizer.forget()
+        _forget(together)
         met(error if error.rows else error.named([(int(n), "answer") for n in rows.number]))
         return {SKIPPED: 1.0}
 
@@ -138,13 +158,17 @@ def _tokenwise_step(
     """``fresh``: the policy still is the one that sampled, so its ratio is 1 and its log-probs are the old ones.
 
     The sampler's log-probs differ from these by rounding; ``policy/sampler_gap`` is the mean difference (nats).
+    A critic on the policy's trunk has its loss added, and its values come from the same pass.
     """
     loss_of, options = LOSSES[config.loss["type"]], _options(config)
-    policy = learner.policy
+    policy, critic = learner.policy, learner.trunk_critic
 
     def loss(part: Buffer, total: float) -> tuple[Tensor, Sums]:
-        mask = part.completions.mask
-        logprobs, entropy = policy.logprobs(part.completions, config.temperature)
+        c, mask, values = part.completions, part.completions.mask, None
+        if critic is None:
+            logprobs, entropy = policy.logprobs(c, config.temperature)
+        else:
+            logprobs, entropy, values = critic.logprobs_and_values(c, config.temperature)
         require_finite(logprobs, "policy", "log-prob")
         old = logprobs.detach() if fresh else part.logprobs
         losses = loss_of(logprobs, old, part.advantages, **options)
@@ -157,7 +181,12 @@ def _tokenwise_step(
             sums = {"entropy": entropy.sum(), "policy/clip_share": (cut & mask).sum()}
             sums |= {"policy/moved": torch.where(mask, old - logprobs, 0.0).sum()}
             sums |= {"policy/sampler_gap": torch.where(mask, logprobs - part.logprobs, 0.0).abs().sum()}
-        return reduce(losses, mask, config.reduction, total), {key: value.item() for key, value in sums.items()}
+        whole = reduce(losses, mask, config.reduction, total)
+        sums["policy/loss"] = whole
+        if values is not None:
+            sums["value/loss"] = _value_loss(values, part, config, total)
+            whole = whole + config.critic.weight * sums["value/loss"]
+        return whole, {key: value.item() for key, value in sums.items()}
 
     return _policy_metrics(learner, rows, loss, config, runtime, first)
 
@@ -187,7 +216,8 @@ def _pairwise_step(
             sums = {"entropy": entropy.sum()}
             sums |= {"policy/moved": (old - now).sum()}
             sums |= {"policy/sampler_gap": torch.where(mask, logprobs - part.logprobs, 0.0).abs().sum()}
-        return losses.sum() / (total / 2), {key: value.item() for key, value in sums.items()}
+        whole = sums["policy/loss"] = losses.sum() / (total / 2)
+        return whole, {key: value.item() for key, value in sums.items()}
 
     return _policy_metrics(learner, rows, loss, config, runtime, first, unit=2)
 
@@ -195,45 +225,71 @@ def _pairwise_step(
 def _policy_metrics(
     learner: Learner, rows: Buffer, loss: Loss, config: Policy, runtime: Runtime, first: First, unit: int = 1
 ) -> Sums:
-    tokens = rows.completions.mask.sum().item()
-    sums = _accumulate(learner, learner.policy, rows, loss, config, runtime, first, unit)
-    norm, rate = _step(learner.policy_optimizer, "policy", rows, loss, runtime, unit)
-    whole = ("loss", "policy/ptx_loss")
-    metrics = {key: value if key in whole else value / tokens for key, value in sums.items()}
-    metrics.pop("loss")
-    return metrics | {"policy/loss": sums["loss"], "policy/grad_norm": norm, "policy/lr": rate}
+    tokens, together = rows.completions.mask.sum().item(), learner.policy_step
+    sums = _accumulate(learner, together, rows, loss, config, runtime, first, unit)
+    taken = _step(together, rows, loss, runtime, unit)
+    metrics = {key: value if key in WHOLE else value / tokens for key, value in sums.items()}
+    if "critic" in taken:
+        metrics["value/grad_norm"], _ = taken["critic"]
+    norm, rate = taken["policy"]
+    return metrics | {"policy/grad_norm": norm, "policy/lr": rate}
 
 
 def _critic_step(learner: Learner, rows: Buffer, config: Policy, runtime: Runtime) -> Sums:
-    critic, optimizer = learner.critic, learner.critic_optimizer
-    assert critic is not None and optimizer is not None
+    critic, together = learner.critic, learner.critic_step
+    assert critic is not None
 
     def loss(part: Buffer, total: float) -> tuple[Tensor, Sums]:
-        values = critic.values(part.completions)
-        require_finite(values, "critic", "value")
-        losses = value_loss(values, part.values, part.returns, clip=config.critic.clip)
-        return reduce(losses, part.completions.mask, config.reduction, total), {}
+        value = _value_loss(critic.values(part.completions), part, config, total)
+        return config.critic.weight * value, {"value/loss": value.item()}
 
-    sums = _accumulate(learner, critic, rows, loss, config, runtime)
-    norm, _ = _step(optimizer, "critic", rows, loss, runtime)
-    return {"value/loss": sums["loss"], "value/grad_norm": norm}
+    sums = _accumulate(learner, together, rows, loss, config, runtime)
+    norm, _ = _step(together, rows, loss, runtime)["critic"]
+    return sums | {"value/grad_norm": norm}
+
+
+def _value_loss(values: Float[Tensor, "B T"], part: Buffer, config: Policy, total: float) -> Float[Tensor, ""]:
+    require_finite(values, "critic", "value")
+    losses = value_loss(values, part.values, part.returns, clip=config.critic.clip)
+    return reduce(losses, part.completions.mask, config.reduction, total)
 
 
 def _step(
-    optimizer: Optimizer, role: str, rows: Buffer, loss: Loss, runtime: Runtime, unit: int = 1
-) -> tuple[float, float]:
-    """One optimiser step. Raises NotFinite that names the row whose gradient is not, where one alone is to blame."""
+    together: Together, rows: Buffer, loss: Loss, runtime: Runtime, unit: int = 1
+) -> dict[str, tuple[float, float]]:
+    """One step of each optimiser, or of none. Returns what :meth:`Optimizer.step` does, by role.
+
+    Raises NotFinite that names the row whose gradient is not, where one alone is to blame.
+    """
 
     def backward(i: int) -> None:
-        at = optimizer.parameters[0].device
+        at = together[role].parameters[0].device
         loss(_trim(rows.rows(slice(unit * i, unit * (i + 1)))).to(at), 1.0)[0].backward()
 
+    taken: dict[str, tuple[float, float]] = {}
+    role = ""
     try:
-        return optimizer.step()
+        for role in list(together)[1:]:  # the first says so itself, before anything has moved
+            _require_norm(together[role])
+        for role in together:
+            taken[role] = together[role].step()
     except NotFinite as error:
         mine = runtime.share(list(range(len(rows) // unit)))
-        found = optimizer.blame(role, error, mine, backward, runtime.gather_all)
+        found = together[role].blame(role, error, mine, backward, runtime.gather_all)
         raise found.named([(unit * i, "answer") for i in range(len(rows))]) from None
+    return taken
+
+
+def _require_norm(optimizer: Optimizer) -> None:
+    """Raises NotFinite where a step would."""
+    norm = nn.utils.clip_grad_norm_(optimizer.parameters, math.inf)  # which clips nothing
+    if not torch.isfinite(norm):
+        raise NotFinite(Culprit("batch", "gradient norm", str(norm.item())))
+
+
+def _forget(together: Together) -> None:
+    for optimizer in together.values():
+        optimizer.forget()
 
 
 def _ptx(learner: Learner, config: Policy, draw: tuple, runtime: Runtime, budget: int) -> Sums:
@@ -255,7 +311,7 @@ def _ptx(learner: Learner, config: Policy, draw: tuple, runtime: Runtime, budget
 
 def _accumulate(
     learner: Learner,
-    role: Role,
+    together: Together,
     rows: Buffer,
     loss: Loss,
     config: Policy,
@@ -263,7 +319,7 @@ def _accumulate(
     first: First = None,
     unit: int = 1,
 ) -> Sums:
-    """Leave the minibatch's gradient on the role. Returns the loss and the sums of its metrics over processes.
+    """Leave the minibatch's gradient on what steps. Returns the sums of the loss's metrics over processes.
 
     ``first`` leaves another gradient there before. ``unit`` rows in a row stay in one micro-batch.
     """
@@ -277,22 +333,18 @@ def _accumulate(
         sums: Sums = {} if first is None else first(budget)
         for index in micro_batches([int(lengths[i]) for i in mine], budget):
             chosen = [unit * mine[i] + k for i in index for k in range(unit)]
-            part = _trim(rows.rows(torch.tensor(chosen))).to(role.backbone.device)
+            part = _trim(rows.rows(torch.tensor(chosen))).to(learner.policy.backbone.device)
             try:
                 value, measured = loss(part, total)
             except NotFinite as error:
                 raise error.named([(row, "answer") for row in chosen]) from None
             value.backward()
-            for key, number in {"loss": value.item(), **measured}.items():
+            for key, number in measured.items():
                 sums[key] = sums.get(key, 0.0) + number
         return sums
 
-    def undo() -> None:
-        for p in role.parameters():
-            p.grad = None
-
-    sums = runtime.sum(learner.budget.within(work, undo))
-    runtime.sum_gradients(role.parameters())
+    sums = runtime.sum(learner.budget.within(work, partial(_forget, together)))
+    runtime.sum_gradients([p for optimizer in together.values() for p in optimizer.parameters])
     return sums
 
 
