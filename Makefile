@@ -12,6 +12,7 @@ help:
 	@echo "make smollm       add a small chat model, SmolLM2-135M-Instruct, to .venv"
 	@echo "make clean        remove .venv and the caches"
 	@echo "make bench        rto and its peers side by side: seconds, memory (docs/performance.md); make bench BENCH_ARGS=--quick"
+	@echo "make bench-costs  what rto's time and memory go into, and how they grow (docs/performance.md)"
 	@echo "make audit        look the versions of constraints.txt up among known vulnerabilities (needs pypi.org)"
 
 quickstart: .venv/.installed
@@ -66,6 +67,12 @@ audit:
 .PHONY: bench
 bench: smollm .venv/bench/trl/.installed .venv/bench/trl-ppo/.installed
 	.venv/bin/python -m benchmarks.speed $(BENCH_ARGS)
+
+.PHONY: bench-costs
+bench-costs: smollm
+	.venv/bin/python -m benchmarks.profiling
+	.venv/bin/python -m benchmarks.growth --out runs/growth
+	.venv/bin/python -m benchmarks.overhead
 
 .venv/bench/%/.installed: benchmarks/speed/requirements-%.txt constraints.txt .venv/.installed
 	@echo "bench: installing $< (a few minutes the first time)"

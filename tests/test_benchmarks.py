@@ -25,6 +25,7 @@ from benchmarks.speed.adapters import start_alike  # noqa: E402
 from benchmarks.speed.case import Case, tokens  # noqa: E402
 from benchmarks.speed.cases import NAMES, Base, make_base, make_case  # noqa: E402
 from benchmarks.speed.drive import Measured, differences  # noqa: E402
+from benchmarks.speed.runs import Entry, runs  # noqa: E402
 from benchmarks.speed.turns import Turns  # noqa: E402
 from benchmarks.speed.work import Model  # noqa: E402
 from benchmarks.speed.worker import serve  # noqa: E402
@@ -117,27 +118,52 @@ def test_operations_of_a_forward_pass():
     assert model.adapting(2, None) == 0
 
 
-def a_side(side: str, seconds: list[float], loss: float = 0.5) -> Measured:
+def a_side(entry: Entry, seconds: list[float], loss: float = 0.5) -> Measured:
     turns = [
         {"seconds": s, "phases": {"forward": s / 2, "rest": s / 2}, "tokens": 60, "memory_mb": 100 * s} for s in seconds
     ]
-    return Measured(side, "default", {"threads": 2}, turns, [{"loss": loss}] * len(turns), flops=6 * 10**9)
+    return Measured(entry, {"threads": 2}, turns, [{"loss": loss}] * len(turns), flops=6 * 10**9)
+
+
+PEER, TUNED, OURS = Entry("dpo", "peer"), Entry("dpo", "peer", "tuned"), Entry("dpo", "rto")
+
+
+def test_one_rto_side_serves_both_variants_and_one_peer_both_kinds_of_rl():
+    assert runs(["dpo"]) == [[PEER, TUNED, OURS]]
+    assert runs(["dpo"], ["tuned"]) == [[TUNED, OURS]]
+    assert runs(["dpo"], only="rto") == [[OURS]]
+    assert runs(["dpo"], only="peer") == [[PEER, TUNED]]
+    assert runs(["generate"]) == [[Entry("generate", "peer"), Entry("generate", "rto")]]
+    full, adapters = Entry("ppo", "rto"), Entry("ppo-adapters", "rto")
+    assert runs(["ppo", "dpo", "ppo-adapters"], ["default"]) == [[Entry("ppo", "peer"), full, adapters], [PEER, OURS]]
+    assert runs(["ppo-adapters"]) == [[Entry("ppo", "peer", variant), adapters] for variant in ("default", "tuned")]
+    assert runs(["ppo", "ppo-adapters"], only="rto") == [[full, adapters]]
 
 
 def test_the_table_by_hand():
-    peer, ours = a_side("peer", [6.0, 8.0, 7.0]), a_side("rto", [3.0, 2.0, 2.0])
+    peer, tuned, ours = a_side(PEER, [6.0, 8.0, 7.0]), a_side(TUNED, [3.0, 3.0, 3.0]), a_side(OURS, [3.0, 2.0, 2.0])
     assert table.ratios(peer, ours) == [2.0, 4.0, 3.5]
-    above, below = table.lines("dpo", [peer, ours], 6e9, 3e9, [])
+    above, middle, below = table.lines([peer, tuned, ours], 6e9, {"dpo": 3e9})
     assert "| 7 s (6 to 8) | forward 3.5, rest 3.5 | 9 | 700 MB | 0.006 (0.003) | 14% | 0.5 s |  |  |" in above
-    assert "| 3.5 x (2 to 4) | 0.29 of the peer's |" in below
+    assert middle.startswith("| dpo | peer | tuned | 3 s (3 to 3) |")
+    assert "| default: 3.5 x (2 to 4); tuned: 1.5 x (1 to 1.5) | default: 0.29; tuned: 0.67 |" in below
     assert {line.count("|") for line in (*table.head().splitlines(), above, below)} == {len(table.HEAD) + 1}
 
 
 def test_what_the_sides_agree_on_is_told():
-    peer, ours = a_side("peer", [6.0, 7.0]), a_side("rto", [3.0, 3.0], loss=0.5002)
-    said = "- dpo, default, peer and rto: loss 0.5 and 0.5002 in turn 1, loss 0.5 and 0.5002 in turn 2"
-    assert table.agreement("dpo", [peer, ours]) == [said]
-    assert table.agreement("dpo", [ours]) == []
+    peer, ours = a_side(PEER, [6.0, 7.0]), a_side(OURS, [3.0, 3.0], loss=0.5002)
+    said = "- dpo peer (default) and dpo rto: loss 0.5 and 0.5002 in turn 1, loss 0.5 and 0.5002 in turn 2"
+    assert table.agreement([peer, ours]) == [said]
+    assert table.agreement([ours]) == []
+
+
+def test_a_side_that_failed_has_no_ratio_and_the_others_keep_theirs():
+    peer, ours, failed = a_side(PEER, [6.0]), a_side(OURS, [3.0]), a_side(TUNED, [])
+    failed.failed = "it ended"
+    lines = table.lines([peer, failed, ours], 6e9, {"dpo": 3e9})
+    assert lines[1].startswith("| dpo | peer | tuned | failed |") and "| default: 2 x (2 to 2) |" in lines[2]
+    assert {line.count("|") for line in lines} == {len(table.HEAD) + 1}
+    assert table.disagreement([peer, failed, ours]) == ["- dpo peer (tuned): it ended"]
 
 
 def test_adapters_start_alike_whatever_their_name(base):
@@ -155,30 +181,40 @@ def test_adapters_start_alike_whatever_their_name(base):
 
 
 def test_no_ratio_where_the_work_differs():
-    peer, ours = a_side("peer", [6.0]), a_side("rto", [3.0], loss=0.502)
-    differ = differences([peer, ours])
-    assert differ == ["turn 1: loss is 0.5 and 0.502"]
-    assert "not the same work" in table.lines("dpo", [peer, ours], 6e9, 3e9, differ)[1]
-    assert differences([peer, a_side("rto", [3.0], loss=0.5009)]) == []
-    assert differences([peer, a_side("rto", [3.0], loss=math.nan)])
+    peer, ours = a_side(PEER, [6.0]), a_side(OURS, [3.0], loss=0.502)
+    assert differences(peer, ours) == ["turn 1: loss is 0.5 and 0.502"]
+    assert "default: not the same work" in table.lines([peer, ours], 6e9, {"dpo": 3e9})[1]
+    assert table.disagreement([peer, ours]) == [
+        "- dpo peer (default) and dpo rto: NOT THE SAME WORK: turn 1: loss is 0.5 and 0.502"
+    ]
+    assert differences(peer, a_side(OURS, [3.0], loss=0.5009)) == []
+    assert differences(peer, a_side(OURS, [3.0], loss=math.nan))
 
 
-def test_the_driver_in_a_process(capfd, monkeypatch):
+QUICK = ["--quick", "--only", "rto", "--repeats", "1", "--warmup", "1", "--threads", "1"]
+
+
+def test_the_driver_in_a_process(capfd, monkeypatch, tmp_path):
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
-    quick = ["--quick", "--only", "rto", "--malloc", "default", "--repeats", "1", "--warmup", "1", "--threads", "1"]
-    assert main(["sft", *quick]) == 0
+    assert main(["sft", *QUICK, "--out", str(tmp_path / "turns.jsonl")]) == 0
     said = capfd.readouterr().out
-    assert "| sft | rto | default |" in said and "- sft, rto: " in said
+    assert "| sft | rto | its own |" in said and "- sft, rto: " in said
+    told = [json.loads(line) for line in (tmp_path / "turns.jsonl").read_text().splitlines()]
+    turns = [line for line in told if "turn" in line]
+    assert [(line["work"], line["side"], line["turn"], line["timed"]) for line in turns] == [
+        ("sft", "rto", 1, False),
+        ("sft", "rto", 2, True),
+    ]
+    assert all(line["seconds"] > 0 for line in turns) and [line for line in told if "gemm_peak" in line]
 
 
 def test_a_side_that_fails_is_told_of_and_the_rest_goes_on(capfd, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "benchmarks"))  # the process does not find rto
     monkeypatch.setattr("benchmarks.speed.drive.ROOT", ROOT / "docs")  # nor the worker
-    quick = ["--quick", "--only", "rto", "--malloc", "default", "--repeats", "1", "--threads", "1"]
-    assert main(["sft", "reward", *quick]) == 1
+    assert main(["sft", "reward", *QUICK]) == 1
     said = capfd.readouterr().out
-    assert "| sft | failed | default |" in said and "| reward | failed | default |" in said
-    assert "- sft, default: the rto side ended with code 1; its last words:" in said
+    assert "| sft | rto | its own | failed |" in said and "| reward | rto | its own | failed |" in said
+    assert "- sft rto: the rto side ended with code 1; its last words:" in said
 
 
 def test_peers_that_are_not_there_are_said_so(capsys, tmp_path):

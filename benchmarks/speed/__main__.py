@@ -10,18 +10,23 @@ Prints a Markdown table. docs/performance.md says what is measured and how.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import json
 import os
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TextIO
 
 from benchmarks.speed import table
 from benchmarks.speed.case import Case
 from benchmarks.speed.cases import MICRO_TOKENS, NAMES, make_base, make_case
-from benchmarks.speed.drive import ROOT, Failed, differences, measure
+from benchmarks.speed.drive import ROOT, measure
 from benchmarks.speed.machine import VARIANTS, described, gemm_peak
+from benchmarks.speed.runs import WARMUP, Entry, kind_of, runs
 from benchmarks.speed.work import Model
 
 # Where `make bench` puts the peers of a workload, below --peers. Sampling needs none: its peer is transformers.
@@ -32,53 +37,87 @@ def main(arguments: list[str] | None = None) -> int:
     """0; 1 where two sides did not do the same work, or one of them failed."""
     parser = _parser()
     known = parser.parse_args(arguments)
+    if unknown := [name for name in known.work if name not in NAMES]:
+        parser.error(f"there is no work named {', '.join(unknown)}: choose among {', '.join(NAMES)}")
     work = known.work or [name for name in NAMES if name != "dpo-natural" or known.pairs or known.quick]
-    pythons = {name: _pythons(name.partition("-")[0], Path(known.peers), known.only) for name in work}
-    if lacking := {python for both in pythons.values() for python in both.values() if not Path(python).exists()}:
+    planned = runs(work, known.malloc, known.only)
+    python = _interpreter(Path(known.peers))
+    if lacking := {python(entry) for run in planned for entry in run if not Path(python(entry)).exists()}:
         parser.error(f"no peers in {', '.join(sorted(lacking))}: run `make bench`, or give --peers or --only rto")
-    if known.repeats < 1 or known.warmup < 0:
+    if known.repeats < 1 or (known.warmup or 0) < 0:
         parser.error("--repeats is 1 or more, --warmup 0 or more")
-    failed = False
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        out = stack.enter_context(open(known.out, "w")) if known.out else None
+        return _measure_all(planned, known, folder, python, _teller(out))
+
+
+def _measure_all(
+    planned: list[list[Entry]],
+    known: argparse.Namespace,
+    folder: Path,
+    python: Callable[[Entry], str],
+    tell: Callable[[Entry | None, dict[str, Any]], None],
+) -> int:
+    base = make_base(folder, known.quick)
+    cases = {name: _case(name, base, folder, known) for name in {entry.work for run in planned for entry in run}}
+    least = {name: _least(case, base.model, _warmup(name, known)) for name, case in cases.items()}
     said: list[str] = []
-    told: dict[str, list[str]] = {}
-    print(f"{described(known.threads)}; {known.repeats} turns a side after {known.warmup} of warm-up", end="\n\n")
-    with tempfile.TemporaryDirectory() as folder:
-        base = make_base(Path(folder), known.quick)
-        peaks = [_peak(known)]
-        print(table.head(), flush=True)
-        for name in work:
-            case = make_case(
-                name,
-                base,
-                Path(folder),
-                turns=known.warmup + known.repeats,
-                quick=known.quick,
-                pairs=known.pairs,
-                micro_tokens=known.micro_tokens,
-                rl_rows=known.peer_rows,
-            )
-            for variant in known.malloc:
-                try:
-                    measured = measure(case, variant, pythons[name], known.threads, known.warmup)
-                except Failed as error:  # the other work is still worth its hours
-                    print(f"| {name} | failed | {variant} |{' |' * (len(table.HEAD) - 3)}", flush=True)
-                    said, failed = [*said, f"- {name}, {variant}: {error}"], True
-                    continue
-                differ = differences(measured)
-                lines = table.lines(name, measured, max(peaks), _least(case, base.model, known.warmup), differ)
-                print("\n".join(lines), flush=True)
-                said += table.agreement(name, measured)
-                told[name] = table.settings(name, measured)
-                said += [f"- {name}, {variant}: NOT THE SAME WORK: {line}" for line in differ]
-                failed |= bool(differ)
-            peaks.append(_peak(known))
+    failed = False
+    told: dict[str, str] = {}
+    machine = described(known.threads)
+    tell(None, {"machine": machine, "repeats": known.repeats, "quick": known.quick, "least": least})
+    print(f"{machine}; {known.repeats} timed turns a side", end="\n\n")
+    peaks: list[float] = []
+
+    def take_peak() -> None:
+        peaks.append(gemm_peak(known.threads, 0.1 if known.quick else 2.0))
+        tell(None, {"gemm_peak": peaks[-1]})
+
+    take_peak()
+    print(table.head(), flush=True)
+    for run in planned:
+        measured = measure(run, cases, python, known.threads, _warmup(run[0].work, known), tell)
+        print("\n".join(table.lines(measured, max(peaks), least)), flush=True)
+        wrong = table.disagreement(measured)  # the other work is still worth its hours
+        said += [*table.agreement(measured), *wrong]
+        told |= table.settings(measured)
+        failed |= bool(wrong)
+        take_peak()
     print(f"\nGEMM peak, float32: {max(peaks) / 1e9:.0f} GFLOP/s, of {len(peaks)} takes from {min(peaks) / 1e9:.0f} on")
-    print("\n".join([*said, *(line for lines in told.values() for line in lines)]))
+    print("\n".join([*said, *(f"- {name}: {found}" for name, found in told.items())]), flush=True)
     return int(failed)
 
 
-def _peak(known: argparse.Namespace) -> float:
-    return gemm_peak(known.threads, 0.1 if known.quick else 2.0)
+def _teller(out: TextIO | None) -> Callable[[Entry | None, dict[str, Any]], None]:
+    """Writes what it hears of, one JSON object a line, and shows turns on stderr: a run that is killed keeps both."""
+
+    def tell(entry: Entry | None, news: dict[str, Any]) -> None:
+        named = {"work": entry.work, "side": entry.side, "malloc": entry.malloc} if entry else {}
+        if out is not None:
+            print(json.dumps(named | news), file=out, flush=True)
+        if entry and "turn" in news:
+            found = f"turn {news['turn']}: {news['seconds']:.3g} s, {news['memory_mb']:,.0f} MB"
+            print(f"{entry.work}, {entry.side}, malloc {entry.malloc}, {found}", file=sys.stderr, flush=True)
+
+    return tell
+
+
+def _case(name: str, base: Any, folder: Path, known: argparse.Namespace) -> Case:
+    return make_case(
+        name,
+        base,
+        folder,
+        turns=_warmup(name, known) + known.repeats,
+        quick=known.quick,
+        pairs=known.pairs,
+        micro_tokens=known.micro_tokens,
+        rl_rows=known.peer_rows,
+    )
+
+
+def _warmup(name: str, known: argparse.Namespace) -> int:
+    return WARMUP[kind_of(name)] if known.warmup is None else known.warmup
 
 
 def _least(case: Case, model: str, warmup: int) -> float:
@@ -87,11 +126,14 @@ def _least(case: Case, model: str, warmup: int) -> float:
     return statistics.median(count(case, case.batch(turn), sizes) for turn in range(warmup, case.turns))
 
 
-def _pythons(kind: str, peers: Path, only: str | None) -> dict[str, str]:
-    """The interpreter of each side."""
-    own = ENVIRONMENTS.get(kind)
-    found = {"peer": str(ROOT / peers / own / "bin" / "python") if own else sys.executable, "rto": sys.executable}
-    return {side: python for side, python in found.items() if only in (None, side)}
+def _interpreter(peers: Path) -> Callable[[Entry], str]:
+    """The Python that runs a side."""
+
+    def python(entry: Entry) -> str:
+        own = ENVIRONMENTS.get(entry.kind) if entry.side == "peer" else None
+        return str(ROOT / peers / own / "bin" / "python") if own else sys.executable
+
+    return python
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -102,13 +144,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="a tiny model and a few tokens")
     parser.add_argument("--only", choices=("rto", "peer"), help="one side alone")
     parser.add_argument("--repeats", type=int, default=5, help="timed turns a side")
-    parser.add_argument("--warmup", type=int, default=2, help="turns before them; operations are counted in the last")
-    parser.add_argument("--malloc", nargs="+", choices=tuple(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--warmup", type=int, help=f"turns before them, operations are counted in the last; {WARMUP}")
+    parser.add_argument(
+        "--malloc", nargs="+", choices=tuple(VARIANTS), help="of the peers; default: both, of generate the first"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--pairs", help="preference pairs for dpo-natural")
     parser.add_argument("--micro-tokens", type=int, help=f"rto: padded tokens of a training pass; {MICRO_TOKENS}")
     parser.add_argument("--peer-rows", type=int, default=8, help="PPO of the peer: rows of one training pass")
     parser.add_argument("--peers", default=".venv/bench", help="folder of the peers' environments")
+    parser.add_argument("--out", metavar="FILE", help="every turn as it ends, as JSON lines")
     return parser
 
 

@@ -57,25 +57,40 @@ class Base:
     words: tuple[int, int]  # ordinary token ids: from, below
 
 
+TINY = {"hidden": 32, "layers": 2, "heads": 2, "intermediate": 64}  # for --quick
+
+
 def make_base(folder: Path, quick: bool) -> Base:
     """SmolLM2-135M out of its package, dequantised; ``quick``: two layers with random weights."""
-    import torch
     from transformers import AutoTokenizer
 
     from rto import config as recipe
-    from rto.data.worlds import world_tokenizer
-    from rto.models.load import load_network, locate, scratch_network
+    from rto.models.load import locate
 
     if quick:
-        tokenizer: Any = world_tokenizer()
-        model = str(folder / "model")
-        scratch = recipe.Scratch(type="scratch", hidden=32, layers=2, heads=2, intermediate=64)
-        scratch_network(scratch, tokenizer, tokenizer.eos_token_id, 0).save_pretrained(model)
-        tokenizer.save_pretrained(model)
-        words = (8, len(tokenizer))
-    else:
-        model = locate(recipe.Packaged(type="package"))
-        tokenizer, words = AutoTokenizer.from_pretrained(model), (1000, 40000)
+        return scratch_base(folder, **TINY)
+    model = locate(recipe.Packaged(type="package"))
+    return _base(folder, model, AutoTokenizer.from_pretrained(model), (1000, 40000))
+
+
+def scratch_base(folder: Path, **sizes: int) -> Base:
+    """Random weights and the words of the tiny world; ``sizes`` are those of a [model] of type scratch."""
+    from rto import config as recipe
+    from rto.data.worlds import world_tokenizer
+    from rto.models.load import scratch_network
+
+    tokenizer, model = world_tokenizer(), str(folder / "model")
+    scratch = recipe.Scratch.model_validate({"type": "scratch", **sizes})
+    scratch_network(scratch, tokenizer, tokenizer.eos_token_id, 0).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    return _base(folder, model, tokenizer, (8, len(tokenizer)))
+
+
+def _base(folder: Path, model: str, tokenizer: Any, words: tuple[int, int]) -> Base:
+    import torch
+
+    from rto.models.load import load_network
+
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     classifier = load_network(model, "classifier", torch.float32, 0)
     classifier.config.pad_token_id = pad  # the peer finds the last token by it

@@ -1,17 +1,19 @@
-"""Runs both sides of a case, each in a process of its own, one after the other and turn by turn: A B A B ..."""
+"""Runs the sides of a piece of work, each in a process of its own, one after the other: A B C A B C ..."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
 import subprocess
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.speed.case import Case
 from benchmarks.speed.machine import environment
+from benchmarks.speed.runs import Entry
 
 ROOT = Path(__file__).resolve().parents[2]
 TOLERANCE = 1e-3
@@ -24,16 +26,16 @@ class Failed(RuntimeError):
 class Side:
     """A process that does its turns when it is asked to."""
 
-    def __init__(self, side: str, python: str, case: Case, threads: int, variant: str) -> None:
-        folder = Path(case.folder)
-        self.name, self._log = side, folder / f"{case.name}-{side}-{variant}.log"
-        file = folder / f"{case.name}.json"
-        case.write(file)
+    def __init__(self, entry: Entry, python: str, case: Case, threads: int) -> None:
+        folder = Path(case.folder) / f"{entry.work}-{entry.side}-{entry.variant}"
+        folder.mkdir(exist_ok=True)
+        replace(case, folder=str(folder)).write(folder / "case.json")
+        self.entry, self._log = entry, folder / "log"
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
-                [python, "-m", "benchmarks.speed.worker", side, str(file)],
+                [python, "-m", "benchmarks.speed.worker", entry.side, str(folder / "case.json")],
                 cwd=ROOT,
-                env=environment(threads, variant),
+                env=environment(threads, entry.variant),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -41,34 +43,41 @@ class Side:
             )
 
     def read(self) -> dict[str, Any]:
+        """Raises Failed where the process has ended."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
             said = "\n".join(self._log.read_text().splitlines()[-15:])
-            raise Failed(f"the {self.name} side ended with code {self._process.wait()}; its last words:\n{said}")
+            raise Failed(f"the {self.entry.side} side ended with code {self._process.wait()}; its last words:\n{said}")
         return json.loads(line)
 
     def turn(self, order: str) -> dict[str, Any]:
+        """Raises Failed where the process has ended."""
         assert self._process.stdin is not None
-        print(order, file=self._process.stdin, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # it ended between two turns: `read` says how
+            print(order, file=self._process.stdin, flush=True)
         return self.read()
 
     def close(self) -> None:
         """Nobody is waited for: there is nothing left to be written."""
         self._process.kill()
-        self._process.communicate()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            with contextlib.suppress(BrokenPipeError):  # an order that nobody has read
+                pipe.close()
 
 
 @dataclass
 class Measured:
-    """What one side did in one variant."""
+    """What one side did."""
 
-    side: str
-    variant: str
+    entry: Entry
     settings: dict[str, Any] = field(default_factory=dict)
     turns: list[dict[str, Any]] = field(default_factory=list)  # the timed ones
     checks: list[dict[str, float]] = field(default_factory=list)  # of all turns
     flops: int = 0  # of one turn; 0: not counted, because the turns differ
+    failed: str = ""  # why it ended early
 
     @property
     def seconds(self) -> list[float]:
@@ -85,40 +94,61 @@ class Measured:
         }
 
 
-def measure(case: Case, variant: str, pythons: dict[str, str], threads: int, warmup: int) -> list[Measured]:
-    """Both sides of a case; ``pythons`` names the interpreter of each. One side alone is measured alone.
+def measure(
+    entries: Sequence[Entry],
+    cases: Mapping[str, Case],
+    python: Callable[[Entry], str],
+    threads: int,
+    warmup: int,
+    tell: Callable[[Entry, dict[str, Any]], None],
+) -> list[Measured]:
+    """All sides of one run. They load at once and work in turn. A side that ends early drops out, the others go on.
 
-    Raises:
-        Failed: a side ended early.
+    ``tell`` hears of everything at the moment it is known: settings, turns, failures.
     """
-    alike = len(case.batches) == 1
-    sides: list[tuple[Side, Measured]] = []
+    found = [Measured(entry) for entry in entries]
+    sides: list[Side] = []
+
+    def attempt(measured: Measured, work: Callable[[], dict[str, Any]], **more: Any) -> dict[str, Any]:
+        try:
+            result = work()
+        except Failed as error:
+            measured.failed = str(error)
+            tell(measured.entry, {"failed": measured.failed})
+            return {}
+        tell(measured.entry, {**more, **result})
+        return result
+
     try:
-        for name, python in pythons.items():  # one after the other: loading is no part of anything
-            side = Side(name, python, case, threads, variant)
-            sides.append((side, Measured(name, variant)))
-            sides[-1][1].settings = side.read()["settings"]
-        for number in range(case.turns):
-            for side, found in sides:
-                result = side.turn("count" if alike and number == warmup - 1 else "go")
-                found.checks.append(result["checks"])
-                found.flops = found.flops or result["flops"]
-                if number >= warmup:
-                    found.turns.append(result)
+        for entry in entries:
+            sides.append(Side(entry, python(entry), cases[entry.work], threads))
+        for side, measured in zip(sides, found, strict=True):
+            measured.settings = attempt(measured, side.read).get("settings", {})
+        for number in range(cases[entries[0].work].turns):
+            for side, measured in zip(sides, found, strict=True):
+                if measured.failed:
+                    continue
+                alike, timed = len(cases[measured.entry.work].batches) == 1, number >= warmup
+                order = "count" if alike and number == warmup - 1 else "go"
+                result = attempt(measured, lambda: side.turn(order), turn=number + 1, timed=timed)  # noqa: B023
+                if not result:
+                    continue
+                measured.checks.append(result["checks"])
+                measured.flops = measured.flops or result["flops"]
+                if timed:
+                    measured.turns.append(result)
     finally:
-        for side, _ in sides:
+        for side in sides:
             side.close()
-    return [found for _, found in sides]
+    return found
 
 
-def differences(measured: Sequence[Measured]) -> list[str]:
+def differences(one: Measured, other: Measured) -> list[str]:
     """Where two sides did not do the same work."""
-    if len(measured) < 2:
-        return []
     found = []
-    for number, (one, other) in enumerate(zip(*(side.checks for side in measured), strict=True), 1):
-        for name in one.keys() | other.keys():
-            a, b = one.get(name), other.get(name)
+    for number, (first, second) in enumerate(zip(one.checks, other.checks, strict=True), 1):
+        for name in sorted(first.keys() | second.keys()):
+            a, b = first.get(name), second.get(name)
             if a is None or b is None or not abs(a - b) <= TOLERANCE * max(1.0, abs(a)):
                 found.append(f"turn {number}: {name} is {a} and {b}")
     return found

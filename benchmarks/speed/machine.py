@@ -20,6 +20,14 @@ def environment(threads: int, variant: str) -> dict[str, str]:
     return kept | fixed | VARIANTS[variant]
 
 
+def use_threads(count: int) -> None:
+    """In this process: as many as the user asks for, also where rto would choose fewer."""
+    import torch
+
+    os.environ["OMP_NUM_THREADS"] = str(count)
+    torch.set_num_threads(count)
+
+
 def gemm_peak(threads: int, seconds: float = 2.0) -> float:
     """Floating-point operations a second of the best float32 matrix product, over sizes that a small model has."""
     import torch

@@ -1,8 +1,8 @@
 """An RL iteration: answers, scores, and two passes of policy and critic over them.
 
-rto does RTO, which reads a guide too: one model pass more than PPO. With adapters on one backbone it is still compared
-with full models, which are all that the peer has for its critic. No answer ends early: both sides train on as many
-tokens.
+rto does RTO, which reads a guide too: one model pass more than PPO. With adapters on one backbone, where the critic is
+a head on the policy's trunk, it is still compared with full models, which are all that the peer has for its critic. No
+answer ends early: both sides train on as many tokens.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ def rto(case: Case, turns: Turns) -> None:
     from rto import rewards
     from rto.config import Policy
     from rto.data.chat import Encoder, PromptRow
+    from rto.models.trunk import TrunkCritic
     from rto.policy import rollout, train
     from rto.report.log import RunLog
     from rto.rollouts.signals import Reader, Scorer
@@ -39,7 +40,7 @@ def rto(case: Case, turns: Turns) -> None:
             batch=size,
             updates=EPOCHS,
             epochs=case.turns,
-            critic={"lr": case.lr},
+            critic={"lr": case.lr, "trunk": "policy" if case.lora else "own"},
             reduction="token",
             samples_every=10**6,
         )
@@ -47,9 +48,10 @@ def rto(case: Case, turns: Turns) -> None:
     prompts = [PromptRow(i, "", row["prompt"]) for i, row in enumerate(case.batch(0), 1)]
     encoder = Encoder(shop.tokenizer, max(len(row.ids) for row in prompts), case.limit)
     encoder.end = NEVER
+    policy = shop.new_policy("policy")
     if case.lora:
-        guide = shop.new_policy("guide")
-        scorer, critic = (shop.new_scorer(name, None) for name in ("scorer", "critic"))
+        guide, scorer = shop.new_policy("guide"), shop.new_scorer("scorer", None)
+        critic: Any = TrunkCritic(policy, case.seed, detached=False)
     else:
         guide = shop.open_policy(case.model, "guide")
         scorer = shop.open_scorer(case.classifier, "scorer", None, trained=False)
@@ -63,7 +65,8 @@ def rto(case: Case, turns: Turns) -> None:
             """Told of every iteration, as a progress bar is."""
 
             def start(self, *_: Any) -> None:
-                turns.ready({**ours.settings(case), "optimizer": config.optimizer, "method": "rto"})
+                told = {"optimizer": config.optimizer, "method": "rto", "critic's trunk": config.critic.trunk}
+                turns.ready({**ours.settings(case), **told})
                 turns.begin()
 
             def update(self, *_: Any) -> None:
@@ -79,7 +82,7 @@ def rto(case: Case, turns: Turns) -> None:
         with tempfile.TemporaryDirectory() as folder:
             train.train(
                 "rl",
-                shop.new_policy("policy"),
+                policy,
                 critic,
                 reader,
                 prompts,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from benchmarks.speed.drive import Measured
+from benchmarks.speed.drive import Measured, differences
 
 HEAD = (
     "work",
@@ -19,7 +19,7 @@ HEAD = (
     "share of GEMM peak",
     "floor",
     "times faster (range)",
-    "memory",
+    "memory of the peer's",
 )
 
 
@@ -27,17 +27,25 @@ def head() -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (HEAD, ["---"] * len(HEAD)))
 
 
-def lines(name: str, measured: Sequence[Measured], peak: float, least: float, differ: Sequence[str]) -> list[str]:
-    """One line a side. ``peak`` is in operations a second; ``least`` are the operations of a turn that rto's way of
-    doing the work cannot do without. ``differ`` says why there is no ratio."""
-    peer = next((side for side in measured if side.side == "peer"), None)
-    return [_line(name, side, peer, peak, least, differ) for side in measured]
+def lines(run: Sequence[Measured], peak: float, least: Mapping[str, float]) -> list[str]:
+    """One line a side; an rto side has a ratio to every peer of its run.
+
+    ``peak`` is in operations a second. ``least``, by work, are the operations of a turn that rto's way of doing it
+    cannot do without.
+    """
+    peers = [side for side in run if side.entry.side == "peer" and not side.failed]
+    return [_failed(side) if side.failed else _line(side, peers, peak, least[side.entry.work]) for side in run]
 
 
-def _line(name: str, side: Measured, peer: Measured | None, peak: float, least: float, differ: Sequence[str]) -> str:
+def _failed(side: Measured) -> str:
+    cells = [side.entry.work, side.entry.side, side.entry.malloc, "failed"]
+    return f"| {' | '.join(cells)} |{'  |' * (len(HEAD) - len(cells))}"
+
+
+def _line(side: Measured, peers: Sequence[Measured], peak: float, least: float) -> str:
     seconds = statistics.median(side.seconds)
     speed = statistics.median(turn["tokens"] / turn["seconds"] for turn in side.turns)
-    cells = [name, side.side, side.variant, spread(side.seconds, " s")]
+    cells = [side.entry.work, side.entry.side, side.entry.malloc, spread(side.seconds, " s")]
     cells += [", ".join(f"{phase} {taken:.3g}" for phase, taken in side.phases().items())]
     cells += [f"{speed:,.0f}", f"{side.memory_mb:,.0f} MB"]
     if side.flops:
@@ -45,17 +53,19 @@ def _line(name: str, side: Measured, peer: Measured | None, peak: float, least: 
     else:
         cells += [f"- ({least / 1e12:.3g})", "-"]
     cells += [f"{least / peak:.3g} s"]
-    if side is peer or peer is None:
-        cells += ["", ""]
-    elif differ:
-        cells += ["not the same work", ""]
-    else:
-        cells += [spread(ratios(peer, side), " x"), f"{side.memory_mb / peer.memory_mb:.2f} of the peer's"]
-    return f"| {' | '.join(cells)} |"
+    compared = peers if side.entry.side == "rto" else []
+    faster, smaller = [], []
+    for peer in compared:
+        if differences(peer, side):
+            faster.append(f"{peer.entry.malloc}: not the same work")
+        else:
+            faster.append(f"{peer.entry.malloc}: {spread(ratios(peer, side), ' x')}")
+            smaller.append(f"{peer.entry.malloc}: {side.memory_mb / peer.memory_mb:.2f}")
+    return f"| {' | '.join([*cells, '; '.join(faster), '; '.join(smaller)])} |"
 
 
 def ratios(peer: Measured, side: Measured) -> list[float]:
-    """How many times faster than the peer, turn by turn: the two turns of a pair were taken one after the other."""
+    """How many times faster than the peer, turn by turn: those of a pair were taken soon after each other."""
     return [a / b for a, b in zip(peer.seconds, side.seconds, strict=True)]
 
 
@@ -64,21 +74,42 @@ def spread(values: Sequence[float], unit: str) -> str:
     return f"{statistics.median(values):.3g}{unit} ({min(values):.3g} to {max(values):.3g})"
 
 
-def settings(name: str, measured: Sequence[Measured]) -> list[str]:
-    """A line a side, the same for every variant."""
-    found = {side.side: ", ".join(f"{key} {value}" for key, value in side.settings.items()) for side in measured}
-    return [f"- {name}, {side}: {said}" for side, said in found.items()]
+def settings(run: Sequence[Measured]) -> dict[str, str]:
+    """By work and side, the same for every variant."""
+    return {
+        f"{side.entry.work}, {side.entry.side}": ", ".join(f"{key} {value}" for key, value in side.settings.items())
+        for side in run
+        if side.settings
+    }
 
 
-def agreement(name: str, measured: Sequence[Measured]) -> list[str]:
+def agreement(run: Sequence[Measured]) -> list[str]:
     """What showed that the sides did the same, in the first turn and in the last."""
-    if len(measured) < 2:
+    whole = [side for side in run if not side.failed]
+    if len(whole) < 2:
         return []
-    last = len(measured[0].checks)
+    last = len(whole[0].checks)
     found = [
-        f"{check} {' and '.join(f'{side.checks[turn - 1][check]:.6g}' for side in measured)}"
+        f"{check} {' and '.join(f'{side.checks[turn - 1][check]:.6g}' for side in whole)}"
         + (f" in turn {turn}" if last > 1 else "")
         for turn in sorted({1, last})
-        for check in measured[0].checks[turn - 1]
+        for check in whole[0].checks[turn - 1]
+        if all(check in side.checks[turn - 1] for side in whole)
     ]
-    return [f"- {name}, {measured[0].variant}, {' and '.join(side.side for side in measured)}: {', '.join(found)}"]
+    return [f"- {' and '.join(_name(side) for side in whole)}: {', '.join(found)}"]
+
+
+def disagreement(run: Sequence[Measured]) -> list[str]:
+    """Where a side did not do what the run's first one did, and which side ended early."""
+    whole = [side for side in run if not side.failed]
+    found = [
+        f"- {_name(whole[0])} and {_name(other)}: NOT THE SAME WORK: {line}"
+        for other in whole[1:]
+        for line in differences(whole[0], other)
+    ]
+    return found + [f"- {_name(side)}: {side.failed}" for side in run if side.failed]
+
+
+def _name(side: Measured) -> str:
+    e = side.entry
+    return f"{e.work} {e.side}" + (f" ({e.malloc})" if e.side == "peer" else "")

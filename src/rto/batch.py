@@ -103,6 +103,7 @@ class Rollouts(_Rows):
 
     completions: Completions
     logprobs: Float[Tensor, "B T"]
+    values: Float[Tensor, "B T"] | None = None  # a head on the state that predicts each token, 0 outside the mask
 
 
 @dataclass(frozen=True)

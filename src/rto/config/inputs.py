@@ -22,6 +22,9 @@ class _Model(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the device has it
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     gradient_checkpointing: bool = False
+    packing: bool = False  # a micro-batch in one row without padding
+    kernels: Literal["liger"] | None = None  # None: the model's own layers
+    offload_activations: bool = False
 
 
 class Pretrained(_Model):

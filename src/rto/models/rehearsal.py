@@ -81,6 +81,7 @@ class Tally(TorchDispatchMode):
     def __init__(self, vocabulary: int, heap: Glibc | None = None) -> None:
         super().__init__()
         self.vocabulary, self.heap = vocabulary, heap
+        self.device: str | None = None  # count what is on it, and not what waits elsewhere; None: all
         self.label: Label = ("pass", "activations")
         self.live: Counter[Label] = Counter()
         self.total = self.peak = self.mapped = 0  # mapped: from files, at the peak of the rest as at any time
@@ -98,7 +99,7 @@ class Tally(TorchDispatchMode):
         if func.overloadpacket is torch.ops.aten.any and isinstance(out, FakeTensor):
             out.of_any = True  # type: ignore[attr-defined]
         for part in tree_leaves(out):
-            if isinstance(part, FakeTensor):
+            if isinstance(part, FakeTensor) and self.device in (None, part.device.type):
                 logits = part.dim() > 1 and part.shape[-1] == self.vocabulary
                 self.count(part, (self.label[0], "logits") if logits else self.label)
         return out
@@ -151,6 +152,7 @@ class GhostWorkshop(Workshop):
 
     def begin(self, tally: Tally) -> GhostWorkshop:
         self.tally, self.mode, self.role = tally, FakeTensorMode(allow_non_fake_inputs=True), "policy"
+        tally.device = self.runtime.device.type
         return self
 
     def vocabulary(self) -> int:
@@ -228,8 +230,8 @@ class GhostWorkshop(Workshop):
         return without_dropout(factory.from_config(settings, **options))
 
     def _wrap(self, network: Any, name: str, lora: recipe.Lora | None = None) -> Backbone:
-        compute = self.runtime.dtype(self.model.dtype)
-        return Backbone(network, name, lora, compute, self.model.gradient_checkpointing)
+        compute = self.runtime.dtype(self.model.dtype)  # kernels and offloading work on numbers only
+        return Backbone(network, name, lora, compute, self.model.gradient_checkpointing, self.model.packing)
 
     def _ghost(self, module: nn.Module, kind: str, mapped: bool) -> None:
         """Every tensor of the module that is not one yet becomes a ghost on the run's device; tied ones stay tied."""

@@ -14,11 +14,16 @@ from torch import Tensor, nn
 
 from rto.batch import Completions, Prompts, Siblings
 from rto.config import Lora
+from rto.models.kernels import Offloaded
+from rto.models.packing import Packed, keeps_apart, pack
 from rto.models.siblings import Forked, fork
 from rto.numerics import predicting, token_kl, token_logprobs
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
+
+# Of logits, in a model's settings: Cohere, Granite, Gemma 2 and 3
+_SCALINGS = ("logit_scale", "logits_scaling", "final_logit_softcapping")
 
 
 class Backbone:
@@ -35,18 +40,23 @@ class Backbone:
         lora: Lora | None,
         compute: torch.dtype,
         checkpointing: bool = False,
+        packing: bool = False,
+        offload: bool = False,
     ) -> None:
         self.network = network
         self.source = source  # what an adapter names as its base model
         self.lora = lora
         self.compute = compute
         self.checkpointing = checkpointing
+        self.packing = packing
+        self.offload = offload
         self.device = next(network.parameters()).device
         self._takes_positions = "position_ids" in inspect.signature(self.body.forward).parameters
         self._layers: list[Any] = []
         self._targets: list[str] | None = None
         self._active: str | None = None
         self._forks: bool | None = None
+        self._packs: bool | None = None
         if lora is not None:
             network.requires_grad_(False)
         if checkpointing:
@@ -57,6 +67,10 @@ class Backbone:
     @property
     def body(self) -> nn.Module:
         return self.network.base_model
+
+    @property
+    def _attention(self) -> str:
+        return self.network.config.get_text_config()._attn_implementation
 
     # --- adapters ---------------------------------------------------------------------------------------
 
@@ -146,6 +160,12 @@ class Backbone:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.compute)
 
+    @contextlib.contextmanager
+    def _passing(self) -> Iterator[None]:
+        away = self.offload and torch.is_grad_enabled()
+        with self.autocast(), Offloaded(self.network) if away else contextlib.nullcontext():
+            yield
+
     def states(
         self, ids: Int[Tensor, "B N"], mask: Bool[Tensor, "B S"] | None = None, cache: Cache | None = None
     ) -> Float[Tensor, "B N H"]:
@@ -159,7 +179,7 @@ class Backbone:
             given["attention_mask"] = mask.long()
             if self._takes_positions:  # they count real tokens, so that padding on the left changes nothing
                 given["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        with self.autocast():
+        with self._passing():
             return self.body(input_ids=ids, **{"use_cache": False, **given}).last_hidden_state
 
     def forked(self, forked: Forked) -> Float[Tensor, "B N H"]:
@@ -168,7 +188,7 @@ class Backbone:
         if self.network.config._attn_implementation == "eager":  # adds the mask to the scores
             smallest = torch.finfo(self.compute).min
             attends = torch.zeros_like(attends, dtype=self.compute).masked_fill(~attends, smallest)
-        with self.autocast():
+        with self._passing():
             given = {"attention_mask": attends, "position_ids": forked.positions, "use_cache": False}
             return self.body(input_ids=forked.ids, **given).last_hidden_state
 
@@ -179,8 +199,8 @@ class Backbone:
             settings = self.network.config.get_text_config()
             kinds = set(getattr(settings, "layer_types", None) or ["full_attention"])
             whole = kinds == {"full_attention"} and not getattr(settings, "sliding_window", None)
-            known = settings._attn_implementation in ("sdpa", "eager") and self._takes_positions
-            self._forks = bool(whole and known) and self._try_fork()
+            known = self._attention in ("sdpa", "eager") and self._takes_positions
+            self._forks = bool(whole and known and not self.packing) and self._try_fork()
         return self._forks
 
     @torch.no_grad()
@@ -199,6 +219,32 @@ class Backbone:
         gap = (role.fork(siblings) - plain)[real].abs().max() / plain[real].abs().max()
         return bool(gap < (1e-4 if self.compute == torch.float32 else 5e-2))
 
+    def packed(self, packed: Packed) -> Float[Tensor, "N H"]:
+        """Last hidden states of sequences in one row."""
+        given: dict[str, Any] = {"position_ids": packed.positions, "use_cache": False}
+        if self._attention.startswith("flash"):
+            # It would find these by itself, but wait for the GPU in every layer.
+            given |= {"cu_seq_lens_q": packed.ends, "cu_seq_lens_k": packed.ends}
+            given |= {"max_length_q": packed.longest, "max_length_k": packed.longest}
+        with self._passing():
+            return self.body(input_ids=packed.ids, **given).last_hidden_state[0]
+
+    @property
+    def packs(self) -> bool:
+        """Whether rows are to be packed, if so after :meth:`packed` was tried once.
+
+        Raises:
+            ValueError: this family lets packed sequences see each other, or does not count their positions anew.
+        """
+        if self.packing and self._packs is None:
+            self._packs = self._takes_positions and keeps_apart(Role(self))
+        if self.packing and not self._packs:
+            family = f"{type(self.network).__name__}, {self._attention} attention"
+            raise ValueError(
+                f"model.packing = true: {self.source} ({family}) does not keep packed sequences apart: set it to false"
+            )
+        return self.packing
+
     def project(self, states: Float[Tensor, "N H"]) -> Float[Tensor, "N V"]:
         """States to logits, with the scalings that some families apply after the output layer."""
         with self.autocast():
@@ -211,6 +257,14 @@ class Backbone:
         if cap := getattr(settings, "final_logit_softcapping", None):  # Gemma 2 and 3
             logits = cap * torch.tanh(logits / cap)
         return logits
+
+    @property
+    def output_weight(self) -> Tensor | None:
+        """The output layer's weights, where logits are states times these and nothing else."""
+        layer, settings = self.network.get_output_embeddings(), self.network.config.get_text_config()
+        scaled = any(getattr(settings, name, None) for name in _SCALINGS)
+        plain = type(layer) is nn.Linear and layer.bias is None and not scaled
+        return layer.weight if plain else None
 
 
 class Role:
@@ -241,17 +295,28 @@ class Role:
     def hidden(self, completions: Completions) -> Float[Tensor, "B S H"]:
         """Last hidden states; on padding, those of a neighbour.
 
-        The model runs on rows whose padding has been moved to the right: they are as wide as the longest row, not
-        as the longest prompt and the longest response together, and need no attention mask. Siblings are read as
-        forked rows where the model can do that.
+        Rows are packed where the recipe asks for it. Otherwise siblings are read as forked rows where the model can do
+        that, and everything else as padded rows. What comes out is the same.
         """
+        if self.backbone.packs:
+            return self.packed(completions)
         if isinstance(completions, Siblings) and self.backbone.forks:
             return self.fork(completions)
+        return self.padded(completions)
+
+    def padded(self, completions: Completions) -> Float[Tensor, "B S H"]:
+        """:meth:`hidden` from rows whose padding has been moved to the right: they are as wide as the longest row, not
+        as the longest prompt and the longest response together, and need no attention mask."""
         ids, mask = completions.sequence()
-        packed = ids.gather(1, (~mask).long().argsort(dim=-1, stable=True))[:, : int(mask.sum(-1).max())]
-        states = self.activate().states(packed)
+        moved = ids.gather(1, (~mask).long().argsort(dim=-1, stable=True))[:, : int(mask.sum(-1).max())]
+        states = self.activate().states(moved)
         places = (mask.cumsum(-1) - 1).clamp(min=0)
         return states.gather(1, places[..., None].expand(-1, -1, states.shape[-1]))
+
+    def packed(self, completions: Completions) -> Float[Tensor, "B S H"]:
+        """:meth:`hidden` from one row of all the tokens that are no padding."""
+        packed = pack(completions)
+        return self.activate().packed(packed)[packed.places]
 
     def fork(self, siblings: Siblings) -> Float[Tensor, "B S H"]:
         """:meth:`hidden` from rows in which both answers stand behind one prompt."""
@@ -261,11 +326,22 @@ class Role:
         return torch.cat([half.gather(1, p) for half, p in zip((states, states), places.chunk(2), strict=True)])
 
     def logprobs(
-        self, completions: Completions, temperature: float = 1.0
+        self, completions: Completions, temperature: float = 1.0, entropy: bool = True
     ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
-        """Log-prob of each response token and entropy of its distribution (nats, detached)."""
+        """Log-prob of each response token and entropy of its distribution (nats, detached; for ``entropy`` False it
+        may be zero)."""
         states = predicting(self.hidden(completions), completions.ids.shape[1])
-        return token_logprobs(states, completions.ids, completions.mask, self.backbone.project, temperature)
+        return self.logprobs_from(states, completions, temperature, entropy)
+
+    def logprobs_from(
+        self, states: Float[Tensor, "B T H"], c: Completions, temperature: float = 1.0, entropy: bool = True
+    ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
+        """:meth:`logprobs` from the states that predict the response tokens."""
+        shared = self.backbone
+        if shared.compute != torch.float32:
+            states = states.to(shared.compute)
+        project = self._project if shared.output_weight is None else shared.output_weight
+        return token_logprobs(states, c.ids, c.mask, project, temperature, entropy=entropy)
 
     def logprobs_and_kl(
         self, completions: Completions, reference: Role, reference_states: Float[Tensor, "B T H"]
@@ -276,7 +352,7 @@ class Role:
         not made here, so that the reference's pass comes first, while no activations of this role are held.
         """
         states = predicting(self.hidden(completions), completions.ids.shape[1])
-        logprobs, _ = token_logprobs(states, completions.ids, completions.mask, self._project)
+        logprobs, _ = self.logprobs_from(states, completions, entropy=False)
         return logprobs, token_kl(states, reference_states, completions.mask, self._project, reference._project)
 
     def _project(self, states: Float[Tensor, "N H"]) -> Float[Tensor, "N V"]:
@@ -302,7 +378,11 @@ class Role:
 
     def _read(self, states: Float[Tensor, "B T H"], completions: Completions) -> Float[Tensor, "B T"]:
         assert self.head is not None, "this role has no scalar head"
-        bias = None if self.head.bias is None else self.head.bias.float()
-        with torch.autocast(states.device.type, enabled=False):  # rewards and values are float32
-            out = nn.functional.linear(states.float(), self.head.weight.float(), bias).squeeze(-1)
-        return torch.where(completions.mask, out, 0.0)
+        return torch.where(completions.mask, read_head(self.head, states), 0.0)
+
+
+def read_head(head: nn.Linear, states: Float[Tensor, "*rows H"]) -> Float[Tensor, "*rows"]:
+    """The scalar of each state. Rewards and values are float32."""
+    bias = None if head.bias is None else head.bias.float()
+    with torch.autocast(states.device.type, enabled=False):
+        return nn.functional.linear(states.float(), head.weight.float(), bias).squeeze(-1)

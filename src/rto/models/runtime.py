@@ -19,6 +19,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from rto.models.threads import choose_threads
+
 
 class Runtime:
     """One a process. ``device`` is "auto", "cpu" or "cuda"."""
@@ -29,6 +31,7 @@ class Runtime:
         self._trackers = list(trackers)
         cpu = device == "cpu" or not torch.cuda.is_available()
         _keep_freed_memory()
+        self.threads = choose_threads()
         self.accelerator = Accelerator(cpu=cpu, log_with=self._trackers or None, project_dir=folder)
         self.device = self.accelerator.device
         self.rank = self.accelerator.process_index

@@ -11,6 +11,7 @@ from torch import nn
 from rto import config as recipe
 from rto.batch import Completions, Prompts
 from rto.models import checkpoint
+from rto.models.kernels import check_device, use_liger
 from rto.models.load import initialise_head, is_classifier, load_network, load_tokenizer, locate, same_vocabulary
 from rto.models.role import Backbone, Role
 from rto.models.runtime import Runtime
@@ -31,6 +32,7 @@ class Workshop:
         runtime: Runtime,
         seed: int,
     ) -> None:
+        check_device(model, runtime.device)
         self.model = model
         self.base = base
         self.tokenizer = tokenizer
@@ -129,9 +131,12 @@ class Workshop:
         return self._wrap(network, name, lora)
 
     def _wrap(self, network: PreTrainedModel, name: str, lora: recipe.Lora | None = None) -> Backbone:
+        if self.model.kernels == "liger":
+            use_liger(network)
         network = network.to(self.runtime.device)  # type: ignore[arg-type]
-        compute = self.runtime.dtype(self.model.dtype)
-        return Backbone(network, name, lora, compute, self.model.gradient_checkpointing)
+        model = self.model
+        keys = model.gradient_checkpointing, model.packing, model.offload_activations
+        return Backbone(network, name, lora, self.runtime.dtype(model.dtype), *keys)
 
     @staticmethod
     def _freeze(role: Role) -> Role:

@@ -39,7 +39,7 @@ def attention_weights(role: Role, completions: Completions, reading: Reading, bu
 
     def read(part: Completions) -> Tensor:
         with _recorded(role.backbone) as kept:
-            role.hidden(part)
+            role.padded(part)  # whose places these are
         if len(kept) != 1:
             family = type(role.backbone.network).__name__
             raise ValueError(f"{role.backbone.source}: {family} gives no attention weights: choose another model")

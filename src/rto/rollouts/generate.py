@@ -3,42 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
 
-from rto.batch import Completions, Prompts, Rollouts
+from rto.batch import Completions, Rollouts
 from rto.data.collate import collate_prompts, micro_batches
-from rto.models.role import Role
+from rto.models.prepacked import Prepacked
+from rto.models.role import Backbone, Role, read_head
+from rto.rollouts.pick import pick
 from rto.seeds import uniforms
 
+if TYPE_CHECKING:
+    from transformers import Cache
+
 SeedName = tuple[str | int, ...]
-
-
-def pick(
-    logits: Float[Tensor, "B V"], uniform: Float[Tensor, " B"], temperature: float, top_p: float
-) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
-    """One token a row by inverting the distribution function at ``uniform``, and its log-prob (nats).
-
-    ``temperature`` 0 is greedy. The log-prob is that of the tempered distribution before ``top_p`` cuts it.
-    """
-    logits = logits.float()
-    if temperature == 0:
-        tokens = logits.argmax(-1)
-        return tokens, logits.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
-    logprobs = (logits / temperature).log_softmax(-1)
-    probs = logprobs.exp()
-    if top_p < 1:
-        ordered, order = probs.sort(-1, descending=True)
-        ordered = torch.where(ordered.cumsum(-1) - ordered < top_p, ordered, 0.0)  # the first always stays
-        probs = torch.zeros_like(probs).scatter(-1, order, ordered)
-    cdf = probs.cumsum(-1)
-    whole = cdf[:, -1:]
-    # Rounding could reach the whole, behind the last possible token: stay below it.
-    target = torch.minimum(uniform[:, None] * whole, torch.nextafter(whole, torch.zeros_like(whole)))
-    tokens = torch.searchsorted(cdf, target, right=True).squeeze(-1).clamp(max=cdf.shape[-1] - 1)  # NaN has no place
-    return tokens, logprobs.gather(-1, tokens[:, None]).squeeze(-1)
+LEAVE = 15 / 16  # of the rows still write: the others leave the batch
 
 
 @torch.no_grad()
@@ -54,62 +36,97 @@ def generate(
     temperature: float = 1.0,
     top_p: float = 1.0,
     budget: int = 16384,
+    head: nn.Linear | None = None,
 ) -> Rollouts:
     """One answer a prompt, at most ``limit`` tokens: T = ``limit``, on the CPU.
 
     Row i depends on ``seed``, ``names[i]`` and its prompt, not on the rows beside it. An answer that reaches
     the limit has no end-of-sequence and ``finished`` is false. ``budget`` bounds rows x (prompt + answer).
+    With ``head`` the result has ``values``: those of a critic that is this head on the role's own backbone.
     """
     ids = torch.full((len(prompts), limit), pad)
-    logprobs = torch.zeros(len(prompts), limit)
+    logprobs, values = torch.zeros(2, len(prompts), limit)
     lengths = torch.zeros(len(prompts), dtype=torch.long)
-    for rows in micro_batches([len(prompt) + limit for prompt in prompts], budget):
+    groups = micro_batches([len(prompt) + limit for prompt in prompts], budget)
+    prepacked = Prepacked(role, limit * len(groups))
+    for rows in groups:
         noise = torch.stack([uniforms(limit, seed, *names[i]) for i in rows])
-        part = collate_prompts([prompts[i] for i in rows], pad).to(role.backbone.device)
-        out, out_logprobs, out_lengths = _decode(role, part, noise, limit, end, pad, temperature, top_p)
         where = torch.tensor(rows)
-        ids[where], logprobs[where], lengths[where] = out, out_logprobs, out_lengths
+        ids[where], logprobs[where], values[where], lengths[where] = _decode(
+            role, prepacked, [prompts[i] for i in rows], noise, limit, end, pad, temperature, top_p, head
+        )
     mask = torch.arange(limit) < lengths[:, None]
     finished = (ids == end).logical_and(mask).any(-1)
-    return Rollouts(Completions(collate_prompts(prompts, pad), ids, mask, finished), logprobs)
+    completions = Completions(collate_prompts(prompts, pad), ids, mask, finished)
+    return Rollouts(completions, logprobs, None if head is None else values)
 
 
 def _decode(
     role: Role,
-    prompts: Prompts,
+    prepacked: Prepacked,
+    asked: Sequence[Sequence[int]],
     noise: Float[Tensor, "B L"],
     limit: int,
     end: int,
     pad: int,
     temperature: float,
     top_p: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids [B, limit], log-probs [B, limit] and lengths [B], on the CPU."""
-    from transformers import DynamicCache
+    head: nn.Linear | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ids, log-probs and values [B, limit], and lengths [B], on the CPU."""
+    from rto.rollouts.kv_cache import keep_rows
 
-    rows, device = len(prompts), prompts.ids.device
+    backbone = role.activate()
+    rows, device = len(asked), backbone.device
     ids = torch.full((rows, limit), pad, device=device)
-    logprobs = torch.zeros(rows, limit, device=device)
+    logprobs, values = torch.zeros(2, rows, limit, device=device)
     lengths = torch.zeros(rows, dtype=torch.long, device=device)
     noise = noise.to(device)
     alive = torch.arange(rows, device=device)  # the rows that are still in the batch
     writing = torch.ones(rows, dtype=torch.bool, device=device)  # those of them that have not ended
-    step, mask = prompts.ids, prompts.mask
-    backbone = role.activate()
-    cache = DynamicCache(config=backbone.network.config)
-    for t in range(limit):
-        logits = backbone.project(backbone.states(step, mask, cache)[:, -1])
-        tokens, scored = pick(logits, noise[alive, t], temperature, top_p)
-        ids[alive, t] = torch.where(writing, tokens, pad)
-        logprobs[alive, t] = torch.where(writing, scored, 0.0)
-        lengths[alive] += writing
-        writing &= tokens != end
-        left = int(writing.sum())
-        if left == 0:
-            break
-        step, mask = tokens[:, None], torch.cat([mask, mask.new_ones(len(mask), 1)], -1)
-        if left <= 0.875 * len(alive):  # copying the cache costs about as much as an eighth of a step
-            cache.batch_select_indices(writing.nonzero().squeeze(-1))
-            alive, mask, step = alive[writing], mask[writing], step[writing]
-            writing = writing[writing]
-    return ids.cpu(), logprobs.cpu(), lengths.cpu()
+    states, mask, cache = read_prompts(backbone, asked, limit, pad)
+    with prepacked.acting():
+        for t in range(limit):
+            logits = backbone.project(states)
+            if head is not None:
+                values[alive, t] = torch.where(writing, read_head(head, states), 0.0)
+            tokens, scored = pick(logits, noise[alive, t], temperature, top_p)
+            ids[alive, t] = torch.where(writing, tokens, pad)
+            logprobs[alive, t] = torch.where(writing, scored, 0.0)
+            lengths[alive] += writing
+            writing &= tokens != end
+            left = int(writing.sum())
+            if left == 0 or t == limit - 1:
+                break
+            if left <= LEAVE * len(alive):
+                kept = _closed_up(writing, left)
+                keep_rows(cache, kept)
+                alive, mask, tokens, writing = alive[kept], mask[kept], tokens[kept], writing[kept]
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], -1)
+            states = backbone.states(tokens[:, None], mask, cache)[:, -1]
+    return ids.cpu(), logprobs.cpu(), values.cpu(), lengths.cpu()
+
+
+def read_prompts(
+    backbone: Backbone, asked: Sequence[Sequence[int]], limit: int, pad: int
+) -> tuple[Float[Tensor, "B H"], Bool[Tensor, "B P"], Cache]:
+    """The last state of each prompt, their mask, and a cache with room for the answers. Equal prompts are read once."""
+    from rto.rollouts.kv_cache import roomy_cache
+
+    known: dict[tuple[int, ...], int] = {}
+    which = [known.setdefault(tuple(prompt), len(known)) for prompt in asked]
+    prompts = collate_prompts(list(known), pad).to(backbone.device)
+    cache = roomy_cache(backbone.network.config, prompts.ids.shape[1] + limit - 1)
+    states, mask = backbone.states(prompts.ids, prompts.mask, cache)[:, -1], prompts.mask
+    if len(known) < len(asked):
+        rows = torch.tensor(which, device=backbone.device)
+        cache.batch_select_indices(rows)
+        states, mask = states[rows], mask[rows]
+    return states, mask, cache
+
+
+def _closed_up(writing: Bool[Tensor, " B"], left: int) -> Int[Tensor, " N"]:
+    """The ``left`` rows that write, such that few of them change their place: the last ones fill the gaps."""
+    kept = torch.arange(left, device=writing.device)
+    kept[~writing[:left]] = left + writing[left:].nonzero().squeeze(-1)
+    return kept

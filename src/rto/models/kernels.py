@@ -1,0 +1,69 @@
+"""What only a GPU can do for a model: kernels of other libraries, and activations that wait in main memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+
+from rto import config as recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def check_device(model: recipe.Pretrained | recipe.Packaged | recipe.Scratch, device: torch.device) -> None:
+    """Raises ValueError for a key of [model] that this device cannot obey."""
+    if device.type == "cuda":
+        return
+    if model.attention == "flash_attention_2":
+        raise ValueError(
+            f"model.attention = 'flash_attention_2' runs on GPUs, and this run is on {device.type}: set it to 'sdpa'"
+        )
+    if model.kernels == "liger":
+        raise ValueError(
+            f"model.kernels = 'liger': these kernels are for GPUs, and this run is on {device.type}: leave it out"
+        )
+    if model.offload_activations:
+        raise ValueError(
+            f"model.offload_activations = true moves activations of a GPU into main memory, and this run is on "
+            f"{device.type}: set it to false"
+        )
+
+
+def use_liger(network: PreTrainedModel) -> None:
+    """Put Liger's norms, rotary positions and gated layers into a network. Its losses stay out: log-probs are made in
+    :mod:`rto.numerics`. The rotary positions are the whole family's, in every model of this process.
+
+    Raises:
+        ValueError: the library is not installed, or does not know the family.
+    """
+    try:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance  # the way of transformers' Trainer
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as KNOWN
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"model.kernels = 'liger': {error.name} is not installed: pip install rto-rlhf[gpu], or leave it out"
+        ) from None
+    family = network.config.model_type
+    if family not in KNOWN:
+        raise ValueError(f"model.kernels = 'liger': Liger knows no kernels for the family {family}: leave it out")
+    _apply_liger_kernel_to_instance(model=network, cross_entropy=False, fused_linear_cross_entropy=False)
+
+
+class Offloaded(saved_tensors_hooks):
+    """What the passes inside keep for their gradients waits in main memory. Weights stay where they are."""
+
+    def __init__(self, network: nn.Module) -> None:
+        weights = {p.untyped_storage()._cdata for p in network.parameters()}
+        away = save_on_cpu(pin_memory=True)
+
+        def pack(kept: Tensor) -> Tensor | tuple[torch.device, Tensor]:
+            return kept if kept.untyped_storage()._cdata in weights else away.pack_hook(kept)
+
+        def unpack(kept: Tensor | tuple[torch.device, Tensor]) -> Tensor:
+            return kept if isinstance(kept, Tensor) else away.unpack_hook(kept)
+
+        super().__init__(pack, unpack)

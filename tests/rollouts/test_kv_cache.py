@@ -1,0 +1,46 @@
+"""The cache with room says what transformers' own says, step by step, through all that happens to its rows."""
+
+from __future__ import annotations
+
+import torch
+from transformers import DynamicCache, LlamaConfig, MistralConfig
+
+from rto.rollouts.kv_cache import RoomyLayer, keep_rows, roomy_cache
+
+SIZES = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+
+
+def test_it_holds_what_a_concatenating_cache_holds(generator):
+    """A prompt, its rows repeated, steps, rows that leave and change places, steps: as far as the room goes and on."""
+    config = LlamaConfig(**SIZES)
+    found, plain = roomy_cache(config, 7), DynamicCache(config=config)
+
+    def step(rows: int, width: int) -> None:
+        for layer in range(2):
+            new = torch.randn(2, rows, 1, width, 4, generator=generator)
+            for mine, theirs in zip(found.update(*new, layer), plain.update(*new, layer), strict=True):
+                assert torch.equal(mine, theirs)
+        assert found.get_seq_length() == plain.get_seq_length()
+        assert found.get_mask_sizes(1, 0) == plain.get_mask_sizes(1, 0)
+
+    step(3, 4)
+    for cache in (found, plain):
+        cache.batch_select_indices(torch.tensor([0, 0, 1, 2, 2]))
+    step(5, 1)
+    place = found.layers[0].keys.data_ptr()
+    step(5, 1)
+    for kept in ([0, 4, 2, 3], [3, 1]):
+        keep_rows(found, torch.tensor(kept))
+        plain.batch_select_indices(torch.tensor(kept))
+        for mine, theirs in zip(found.layers, plain.layers, strict=True):
+            assert torch.equal(mine.keys, theirs.keys) and torch.equal(mine.values, theirs.values)
+    step(2, 1)
+    assert found.layers[0].keys.data_ptr() == place, "nothing was copied to another place"
+    step(2, 1)  # beyond the room
+    step(2, 1)
+
+
+def test_layers_of_another_kind_stay():
+    kinds = [type(layer).__name__ for layer in roomy_cache(MistralConfig(**SIZES, sliding_window=3), 9).layers]
+    assert kinds == ["DynamicSlidingWindowLayer"] * 2
+    assert all(type(layer) is RoomyLayer for layer in roomy_cache(LlamaConfig(**SIZES), 9).layers)
