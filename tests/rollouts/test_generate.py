@@ -138,7 +138,7 @@ def test_ends():
 
 
 def test_finished_rows_leave_the_batch():
-    """And what is left goes on as before; each pass holds no more rows than are still writing (a fifteenth more)."""
+    """And what is left goes on as before; each pass holds no more rows than are still writing (a seventh more)."""
     policy = role(end_bias=3.0)
     sizes = []
     policy.backbone.network.model.layers[0].register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
