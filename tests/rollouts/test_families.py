@@ -66,3 +66,15 @@ def test_log_probs_are_those_of_a_fresh_pass(family, lora, monkeypatch):
     torch.testing.assert_close(found.logprobs, fresh, atol=1e-5, rtol=0)
     values = Role(backbone, policy.adapter, head).values(found.completions).detach()
     torch.testing.assert_close(found.values, values, atol=1e-5, rtol=0)
+
+
+def test_a_model_that_changes_while_it_reads_can_be_trained_afterwards():
+    """Dynamic rotary positions replace a buffer at the first long sequence, which sampling makes without autograd."""
+    torch.manual_seed(0)
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    settings = hf.LlamaConfig(**SIZES, max_position_embeddings=8, rope_parameters=rope)
+    policy = Role(Backbone(hf.LlamaForCausalLM(settings).eval(), "tiny", None, torch.float32))
+    found = generate(policy, PROMPTS[:2], [("a",), ("b",)], seed=0, limit=24, end=-1, pad=PAD)
+    logprobs, _ = policy.logprobs(found.completions)
+    logprobs.sum().backward()
+    assert all(p.grad.isfinite().all() for p in policy.parameters())

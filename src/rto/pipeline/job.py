@@ -125,8 +125,6 @@ class Job:
             self.progress.say(f"{step.name}: goes on after step {at}")
         else:
             self.log.drop_stage(step.name)
-        if self.doing is None:  # the first that there is to do
-            self.progress.say(f"{self.runtime.device}: {self.runtime.threads}")
         self.doing = step
         try:
             path = step.work(self)
@@ -239,6 +237,8 @@ class Job:
         rows = make_rows(self.config, self.tokenizer)
         if self.runtime.main and rows.rejected and self.started:
             write_rejected(self.folder / "rejected_rows.jsonl", rows.rejected)
+        if self.started:  # work begins, and the recipe's models and data are there
+            self.progress.say(f"{self.runtime.device}: {self.runtime.threads}")
         return rows
 
     @property

@@ -85,7 +85,7 @@ def _decode(
     alive = torch.arange(rows, device=device)  # the rows that are still in the batch
     writing = torch.ones(rows, dtype=torch.bool, device=device)  # those of them that have not ended
     states, mask, cache = read_prompts(backbone, asked, limit, pad)
-    with prepacked.acting():
+    with torch.inference_mode(), prepacked.acting():  # operations cost less in it than without gradients only
         for t in range(limit):
             logits = backbone.project(states)
             if head is not None:
