@@ -14,10 +14,10 @@ TERMINAL = {"type": "terminal", "scale": 1.0, "clip": 10.0}
 def scarce(method):
     """Room for the activations of three rows."""
 
-    def read(role: Role, completions, *more):
+    def read(role: Role, completions, *more, **options):
         if torch.is_grad_enabled() and len(completions) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return method(role, completions, *more)
+        return method(role, completions, *more, **options)
 
     return read
 

@@ -53,6 +53,7 @@ class Backbone:
         self.device = next(network.parameters()).device
         self._takes_positions = "position_ids" in inspect.signature(self.body.forward).parameters
         self._layers: list[Any] = []
+        self._adapter_weights: list[nn.Parameter] = []
         self._targets: list[str] | None = None
         self._active: str | None = None
         self._forks: bool | None = None
@@ -83,7 +84,7 @@ class Backbone:
         from peft import inject_adapter_in_model
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        trained = {id(p) for p in self._adapter_weights() if p.requires_grad}
+        trained = {id(p) for p in self._adapter_weights if p.requires_grad}
         settings = self.adapter_config()
         inject_adapter_in_model(settings, self.network, adapter_name=name)
         del self.network.peft_config  # peft's mark: it would be saved, and warned of at the next adapter
@@ -91,7 +92,8 @@ class Backbone:
         self._layers = [m for m in self.network.modules() if isinstance(m, BaseTunerLayer)]
         for parameter in self.adapter_parameters(name).values():
             parameter.data = parameter.data.float()
-        for parameter in self._adapter_weights():
+        self._adapter_weights = [p for key, p in self.network.named_parameters() if ".lora_" in key]
+        for parameter in self._adapter_weights:
             parameter.requires_grad_(id(parameter) in trained)
         self._active = name  # injection switches the new one on
         self.activate(None)
@@ -114,15 +116,12 @@ class Backbone:
         own = re.compile(rf"(\.lora_\w+)\.{re.escape(name)}(?=\.|$)")
         return {own.sub(r"\1", key): p for key, p in self.network.named_parameters() if own.search(key)}
 
-    def _adapter_weights(self) -> list[nn.Parameter]:
-        return [p for key, p in self.network.named_parameters() if ".lora_" in key]
-
     def activate(self, adapter: str | None) -> None:
         """Let this adapter act, or none. Which weights require gradients stays as it is: peft's switches change
         that too, and a loss that was computed before the switch would lose its gradient."""
         if adapter == self._active:
             return
-        flags = [(p, p.requires_grad) for p in self._adapter_weights()]
+        flags = [(p, p.requires_grad) for p in self._adapter_weights]
         for layer in self._layers:
             layer.enable_adapters(adapter is not None)
             if adapter is not None:
@@ -138,7 +137,7 @@ class Backbone:
             layer.merge(adapter_names=[name])
             parent, _, child = key.rpartition(".")
             setattr(self.network.get_submodule(parent), child, layer.get_base_layer())
-        self._layers, self._active = [], None
+        self._layers, self._adapter_weights, self._active = [], [], None
 
     def _recompute(self) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
         """For gradient checkpointing: the backward pass runs a layer again with the adapter of its forward pass."""

@@ -81,7 +81,7 @@ def guide_names(config: Config) -> dict[str, str]:
     Raises:
         ValueError: two policies of the recipe have the same name.
     """
-    names = {config.prefer.loss.get("type", "dpo"): "prefer"}
+    names = {str(config.prefer.loss.get("type", "dpo")): "prefer"}  # it may not be known yet whether that is a loss
     for name in config.guides:
         if name in names or name in config.policies() or name == "sft":
             raise ValueError(f"guides.{name}: another policy of the recipe has this name: give it another")
