@@ -25,7 +25,7 @@ NAMES = (
 
 # Of rto's passes: small enough for little memory, large enough for matrices that keep the machine busy. Sampling and
 # scoring take four times as many in RL; `generate` alone takes all of its rows at once, as its peer does.
-MICRO_TOKENS = {"dpo": 512, "sft": 512, "reward": 512, "ppo": 1024, "generate": 65536}
+MICRO_TOKENS = {"dpo": 768, "sft": 512, "reward": 512, "ppo": 1024, "generate": 65536}
 
 
 @dataclass(frozen=True)
