@@ -84,12 +84,15 @@ class Backbone:
         from peft import inject_adapter_in_model
         from peft.tuners.tuners_utils import BaseTunerLayer
 
+        from rto.models.lora import add_in_place
+
         trained = {id(p) for p in self._adapter_weights if p.requires_grad}
         settings = self.adapter_config()
         inject_adapter_in_model(settings, self.network, adapter_name=name)
         del self.network.peft_config  # peft's mark: it would be saved, and warned of at the next adapter
         self._targets = sorted(settings.target_modules)  # "all-linear" has become the layers' names
         self._layers = [m for m in self.network.modules() if isinstance(m, BaseTunerLayer)]
+        add_in_place(self._layers)
         for parameter in self.adapter_parameters(name).values():
             parameter.data = parameter.data.float()
         self._adapter_weights = [p for key, p in self.network.named_parameters() if ".lora_" in key]
