@@ -20,20 +20,25 @@ class AddingLinear(Linear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or self.disable_adapters or self.merged or not self._adds(x):
             return super().forward(x, *args, **kwargs)
-        (name,), base = self.active_adapters, self.get_base_layer()
+        (name,) = self.active_adapters
+        base: Any = self.get_base_layer()
+        down: Any = self.lora_A[name]
+        up: Any = self.lora_B[name]
         flat = x.flatten(0, -2)
-        low = linear(flat, self.lora_A[name].weight)
+        low = linear(flat, down.weight)
         out = linear(flat, base.weight, base.bias)  # not kept for its own gradient, so it may be changed
-        out.addmm_(low, self.lora_B[name].weight.T, alpha=self.scaling[name])
+        out.addmm_(low, up.weight.T, alpha=self.scaling[name])
         return out.view(*x.shape[:-1], -1)
 
     def _adds(self, x: Tensor) -> bool:
-        names, base = self.active_adapters, self.get_base_layer()
+        names = self.active_adapters
+        base: Any = self.get_base_layer()
         if len(names) != 1 or names[0] not in self.lora_A or type(base) is not nn.Linear:
             return False
         name = names[0]
-        down, up = self.lora_A[name].weight, self.lora_B[name]
-        alike = base.weight.dtype == down.dtype == x.dtype and not torch.is_autocast_enabled(x.device.type)
+        down: Any = self.lora_A[name]
+        up: Any = self.lora_B[name]
+        alike = base.weight.dtype == down.weight.dtype == x.dtype and not torch.is_autocast_enabled(x.device.type)
         plain = name not in self.lora_variant and isinstance(self.lora_dropout[name], nn.Identity)
         return alike and plain and up.bias is None
 
