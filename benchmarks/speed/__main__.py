@@ -108,7 +108,7 @@ def _case(name: str, base: Any, folder: Path, known: argparse.Namespace) -> Case
         name,
         base,
         folder,
-        turns=_warmup(name, known) + known.repeats,
+        turns=_warmup(name, known) + known.repeats + 1,  # the last one is counted, not timed
         quick=known.quick,
         pairs=known.pairs,
         micro_tokens=known.micro_tokens,
@@ -123,7 +123,7 @@ def _warmup(name: str, known: argparse.Namespace) -> int:
 def _least(case: Case, model: str, warmup: int) -> float:
     """Operations that a timed turn cannot do without: the median where turns differ."""
     count, sizes = importlib.import_module(f"benchmarks.speed.{case.workload}").least, Model.read(model)
-    return statistics.median(count(case, case.batch(turn), sizes) for turn in range(warmup, case.turns))
+    return statistics.median(count(case, case.batch(turn), sizes) for turn in range(warmup, case.turns - 1))
 
 
 def _interpreter(peers: Path) -> Callable[[Entry], str]:
@@ -144,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="a tiny model and a few tokens")
     parser.add_argument("--only", choices=("rto", "peer"), help="one side alone")
     parser.add_argument("--repeats", type=int, default=5, help="timed turns a side")
-    parser.add_argument("--warmup", type=int, help=f"turns before them, operations are counted in the last; {WARMUP}")
+    parser.add_argument("--warmup", type=int, help=f"turns before them; {WARMUP}")
     parser.add_argument(
         "--malloc", nargs="+", choices=tuple(VARIANTS), help="of the peers; default: both, of generate the first"
     )

@@ -124,12 +124,14 @@ def measure(
             sides.append(Side(entry, python(entry), cases[entry.work], threads))
         for side, measured in zip(sides, found, strict=True):
             measured.settings = attempt(measured, side.read).get("settings", {})
-        for number in range(cases[entries[0].work].turns):
+        last = cases[entries[0].work].turns - 1
+        for number in range(last + 1):
             for side, measured in zip(sides, found, strict=True):
-                if measured.failed:
+                alike, timed = len(cases[measured.entry.work].batches) == 1, warmup <= number < last
+                if measured.failed or (number == last and not alike):
                     continue
-                alike, timed = len(cases[measured.entry.work].batches) == 1, number >= warmup
-                order = "count" if alike and number == warmup - 1 else "go"
+                # Counting takes memory: it comes when the memory of the timed turns is known.
+                order = "count" if number == last else "go"
                 result = attempt(measured, lambda: side.turn(order), turn=number + 1, timed=timed)  # noqa: B023
                 if not result:
                     continue
