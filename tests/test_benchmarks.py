@@ -204,6 +204,7 @@ def test_the_driver_in_a_process(capfd, monkeypatch, tmp_path):
     assert [(line["work"], line["side"], line["turn"], line["timed"]) for line in turns] == [
         ("sft", "rto", 1, False),
         ("sft", "rto", 2, True),
+        ("sft", "rto", 3, False),  # operations are counted
     ]
     assert all(line["seconds"] > 0 for line in turns) and [line for line in told if "gemm_peak" in line]
 
