@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.speed import dpo, ours, sampling
+from benchmarks.speed import dpo, ours, ppo, sampling
 from benchmarks.speed.case import Case, tokens
 from benchmarks.speed.cases import make_base, make_case
 from benchmarks.speed.machine import described, gemm_peak, use_threads
@@ -87,6 +87,8 @@ WORK: dict[str, tuple[str, Callable[[Case, Turns], None]]] = {
     "dpo": ("dpo", dpo.rto),
     "dpo-lora": ("dpo-lora", dpo.rto),
     "scoring": ("dpo", scoring),
+    "rl": ("ppo", ppo.rto),
+    "rl-adapters": ("ppo-adapters", ppo.rto),
     "sampling": ("generate", sampling.rto),
 }
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 # Logits that exist at once: on a CPU as many as its caches hold, on a GPU enough to keep it busy.
 LOGITS = {"cpu": 2**20, "cuda": 2**26}
@@ -31,6 +31,9 @@ def selected_logprobs(
     ``block`` words at a time; None: a good number for the device. With frozen weights the gradient of a log-prob p_y,
     (w_y - sum_v p_v w_v) / temperature, is summed up in the forward pass, so that logits are computed once. Weights
     that are trained need every p_v for their own gradient: there the backward pass computes the logits again.
+
+    The gradient of a ``weight`` that is a Parameter is added to its ``grad`` where it stands. That is what ``backward``
+    does, without a second tensor of that size; ``torch.autograd.grad`` does not see it.
     """
     if block is None:
         room = LOGITS.get(states.device.type, LOGITS["cuda"])
@@ -76,6 +79,7 @@ class _Selected(torch.autograd.Function):
             ctx.save_for_backward(direction)
         else:
             ctx.save_for_backward(x, weight, labels, total)
+            ctx.own = weight if isinstance(weight, nn.Parameter) else None  # what is saved comes back as another tensor
         ctx.ahead, ctx.temperature, ctx.block, ctx.kind = ahead, temperature, block, states.dtype
         disorder = mass.log() - spread / mass if entropy else torch.zeros_like(total)
         ctx.mark_non_differentiable(disorder)
@@ -89,7 +93,9 @@ class _Selected(torch.autograd.Function):
         x, weight, labels, total = ctx.saved_tensors
         for_states, for_weight = ctx.needs_input_grad[:2]
         states = torch.zeros_like(x, dtype=total.dtype) if for_states else None
-        weights = torch.empty_like(weight) if for_weight else None
+        weights, fresh = None, True
+        if for_weight:
+            weights, fresh = own_gradient(ctx.own) if ctx.own is not None else (torch.empty_like(weight), True)
         for start, words in _blocks(weight, ctx.block):
             stop, words = start + len(words), words.to(x.dtype)
             share = (x @ words.T).to(total.dtype).sub_(total[:, None]).exp_().mul_(-gradient[:, None])
@@ -99,12 +105,21 @@ class _Selected(torch.autograd.Function):
             if states is not None:
                 states += share @ words
             if weights is not None and weights.dtype == x.dtype:
-                torch.mm(share.T, x, out=weights[start:stop])
+                weights[start:stop].addmm_(share.T, x, beta=0 if fresh else 1)  # beta 0 reads nothing
             elif weights is not None:
-                weights[start:stop] = share.T @ x
+                weights[start:stop].copy_(share.T @ x) if fresh else weights[start:stop].add_(share.T @ x)
         if states is not None:
             states = states.div_(ctx.temperature).to(ctx.kind)
-        return states, weights, None, None, None, None
+        return states, weights if ctx.own is None else None, None, None, None, None
+
+
+def own_gradient(weight: Tensor) -> tuple[Tensor, bool]:
+    """The tensor that ``backward`` adds this weight's gradient to, and whether it was made just now, with any numbers in
+    it."""
+    fresh = weight.grad is None
+    if weight.grad is None:
+        weight.grad = torch.empty_like(weight)
+    return weight.grad, fresh
 
 
 def _blocks(weight: Tensor, block: int) -> list[tuple[int, Tensor]]:

@@ -255,11 +255,15 @@ class GhostWorkshop(Workshop):
 
 
 def watch_gradients(tally: Tally, parameters: Iterable[nn.Parameter], role: str) -> None:
-    """Gradients are counted as such as soon as they are whole."""
+    """Gradients are counted as such as soon as they are whole. Autograd is not told of those of the vocabulary's
+    layers (:func:`rto.output_layer.own_gradient`): they are counted with the next."""
+    parameters = list(parameters)
+    vocabulary = [p for p in parameters if p.dim() == 2 and p.shape[0] == tally.vocabulary]
 
     def whole(parameter: nn.Parameter) -> None:
-        if parameter.grad is not None:
-            tally.relabel(parameter.grad, (role, "gradients"))
+        for p in (parameter, *vocabulary):
+            if p.grad is not None:
+                tally.relabel(p.grad, (role, "gradients"))
 
     for parameter in parameters:
         parameter.register_post_accumulate_grad_hook(whole)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from rto.batch import Completions, Prompts, Siblings
 from rto.config import Lora
+from rto.input_layer import sum_in_place
+from rto.models.fused import Remaking, fuse
 from rto.models.kernels import Offloaded
 from rto.models.packing import Packed, keeps_apart, pack
 from rto.models.siblings import Forked, fork
@@ -60,6 +62,10 @@ class Backbone:
         self._packs: bool | None = None
         if lora is not None:
             network.requires_grad_(False)
+        else:
+            sum_in_place(network.get_input_embeddings())
+        if self.device.type == "cpu":
+            fuse(network)
         if checkpointing:
             # transformers 5.23 renamed it
             name = "activation" if hasattr(network, "activation_checkpointing_enable") else "gradient"
@@ -164,8 +170,10 @@ class Backbone:
 
     @contextlib.contextmanager
     def _passing(self) -> Iterator[None]:
-        away = self.offload and torch.is_grad_enabled()
-        with self.autocast(), Offloaded(self.network) if away else contextlib.nullcontext():
+        keeping: contextlib.AbstractContextManager = contextlib.nullcontext()
+        if torch.is_grad_enabled() and (self.offload or self.device.type == "cpu"):
+            keeping = Offloaded(self.network) if self.offload else Remaking()
+        with self.autocast(), keeping:
             yield
 
     def states(
@@ -342,8 +350,8 @@ class Role:
         shared = self.backbone
         if shared.compute != torch.float32:
             states = states.to(shared.compute)
-        project = self._project if shared.output_weight is None else shared.output_weight
-        return token_logprobs(states, c.ids, c.mask, project, temperature, entropy=entropy)
+        weight = shared.output_weight
+        return token_logprobs(states, c.ids, c.mask, self._project if weight is None else weight, temperature, entropy=entropy)
 
     def logprobs_and_kl(
         self, completions: Completions, reference: Role, reference_states: Float[Tensor, "B T H"]

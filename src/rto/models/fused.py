@@ -1,0 +1,218 @@
+"""Norms and gated layers of Llama's kind as one operation each, on a CPU; what is cheap to make again is not kept.
+
+A linear layer keeps its input for the gradient of its weights or of its adapter. Where that is the output of a norm or
+of a gate, it is made again in the backward pass from what these keep anyway: two of a layer's widest tensors need no
+memory, and their operations write to fewer new ones. On GPUs Liger's kernels do this.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.functional import silu
+
+EXACT = 1e-5  # of the largest number, in float32
+NEWEST = 4  # outputs that a linear layer may still read: of a layer's norm, of those of its queries and keys, of its gate
+
+
+def normalised(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """weight * x / sqrt(mean(x^2) + eps)."""
+    return (x * _inverse(x, eps)).mul_(weight)
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up."""
+    return silu(gate).mul_(up)
+
+
+def _inverse(x: Tensor, eps: float) -> Tensor:
+    # Not from vector_norm, whose sum is three times less exact
+    return torch.linalg.vecdot(x, x).unsqueeze(-1).div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
+class _Normalised(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return normalised(x, weight, eps)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        inverse = _inverse(x, ctx.eps)
+        for_weight = None
+        if ctx.needs_input_grad[1]:
+            for_weight = (x * inverse).mul_(gradient).flatten(0, -2).sum(0)
+        scaled = gradient * weight
+        share = torch.linalg.vecdot(scaled, x).unsqueeze(-1).mul_(inverse**3).div_(x.shape[-1])
+        return scaled.mul_(inverse).addcmul_(x, share, value=-1), for_weight, None
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(gate, up)
+        return gated(gate, up)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        gate, up = ctx.saved_tensors
+        for_up = silu(gate).mul_(gradient)
+        return torch.ops.aten.silu_backward(gradient * up, gate), for_up
+
+
+class FusedNorm:
+    """Mixed into a norm's class. In other precisions than float32 that class does its own work."""
+
+    weight: nn.Parameter
+    eps_: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _plain(x, self.weight):
+            return super().forward(x)  # type: ignore[misc]
+        out = _Normalised.apply(x, self.weight, self.eps_)
+        known(out, (x, self.weight), functools.partial(normalised, eps=self.eps_))
+        return out
+
+
+class FusedGate:
+    """Mixed into the class of a layer down(silu(gate(x)) * up(x))."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        here: Any = self
+        gate, up = here.gate_proj(x), here.up_proj(x)
+        if not _plain(gate, up):
+            return here.down_proj(here.act_fn(gate) * up)
+        if not torch.is_grad_enabled():
+            return here.down_proj(silu(gate, inplace=True).mul_(up))
+        out = _Gated.apply(gate, up)
+        known(out, (gate, up), gated)
+        return here.down_proj(out)
+
+
+def fuse(network: nn.Module) -> None:
+    """Change the norms and gated layers of ``network`` that are what they look like: tried on a few numbers."""
+    for module in network.modules():
+        kind = type(module)
+        if issubclass(kind, FusedNorm | FusedGate):
+            continue
+        if "RMSNorm" in kind.__name__ and isinstance(getattr(module, "weight", None), nn.Parameter):
+            eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+            if isinstance(eps, float) and _norms(module, eps):
+                module.eps_ = eps  # type: ignore[assignment]
+                module.__class__ = _mixed(FusedNorm, kind)
+        elif kind.__name__.endswith("MLP") and _gates(module):
+            module.__class__ = _mixed(FusedGate, kind)
+
+
+@functools.cache
+def _mixed(mixin: type, kind: type) -> type:
+    return type(f"Fused{kind.__name__}", (mixin, kind), {})
+
+
+def _plain(*tensors: Tensor) -> bool:
+    alike = all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
+    return alike and not torch.is_autocast_enabled("cpu")
+
+
+def _probe(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def _norms(module: nn.Module, eps: float) -> bool:
+    twin = copy.copy(module)
+    twin._parameters = {"weight": nn.Parameter(_probe(8))}
+    x = _probe(3, 8)
+    return _close(lambda: twin(x), normalised(x, twin.weight, eps))
+
+
+@torch.no_grad()
+def _gates(module: nn.Module) -> bool:
+    if set(module._modules) != {"gate_proj", "up_proj", "down_proj", "act_fn"} or module._parameters:
+        return False
+    layers = {"gate_proj": nn.Linear(8, 5), "up_proj": nn.Linear(8, 5), "down_proj": nn.Linear(5, 8)}
+    twin = copy.copy(module)
+    twin._modules = {**layers, "act_fn": module.act_fn}
+    x = _probe(3, 8)
+    return _close(lambda: twin(x), layers["down_proj"](gated(layers["gate_proj"](x), layers["up_proj"](x))))
+
+
+def _close(said: Callable[[], Tensor], ours: Tensor) -> bool:
+    try:
+        gap = (said() - ours).abs().max()
+    except (RuntimeError, TypeError, AttributeError):  # it wants to be called otherwise
+        return False
+    return bool(gap < EXACT * ours.abs().max())
+
+
+# --- what is made again ---------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class _Again:
+    """How to make a tensor again; ``versions`` of what it is made from, which must not change until then."""
+
+    parts: tuple[Tensor, ...]
+    make: Callable[..., Tensor]
+    versions: tuple[int, ...]
+
+    def __call__(self) -> Tensor:
+        assert tuple(p._version for p in self.parts) == self.versions, "an activation was changed in place"
+        return self.make(*self.parts)
+
+
+class Remaking(saved_tensors_hooks):
+    """Of the passes inside, outputs of norms and gates are not kept for gradients."""
+
+    now: Remaking | None = None
+
+    def __init__(self) -> None:
+        # The newest ones: held, so that no other tensor can come to lie where they lie
+        self._known: deque[tuple[Tensor, _Again]] = deque(maxlen=NEWEST)
+        self._made: tuple[_Again, Tensor] | None = None  # several layers read the same one
+        super().__init__(self._pack, self._unpack)
+
+    def __enter__(self) -> Remaking:
+        Remaking.now = self
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        Remaking.now = None
+        self._known.clear()
+
+    def know(self, out: Tensor, again: _Again) -> None:
+        self._known.append((out.detach(), again))
+
+    def _pack(self, kept: Tensor) -> Tensor | tuple[_Again, torch.Size]:
+        place = kept.untyped_storage()._cdata
+        for out, again in self._known:
+            if out.untyped_storage()._cdata == place and kept.numel() == out.numel() and kept.is_contiguous():
+                return again, kept.shape
+        return kept
+
+    def _unpack(self, kept: Tensor | tuple[_Again, torch.Size]) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        again, shape = kept
+        if self._made is None or self._made[0] is not again:
+            self._made = (again, again())
+        return self._made[1].view(shape)
+
+
+def known(out: Tensor, parts: tuple[Tensor, ...], make: Callable[..., Tensor]) -> None:
+    """``out`` = make(*parts) need not be kept in the pass that runs now."""
+    if Remaking.now is not None:
+        parts = tuple(part.detach() for part in parts)
+        Remaking.now.know(out, _Again(parts, make, tuple(part._version for part in parts)))
