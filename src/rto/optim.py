@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from rto.config import Training
 from rto.finite import Culprit, NotFinite
+from rto.room import CHUNK, Room
 
 
 def learning_rate_factor(step: int, steps: int, warmup: float, floor: float, schedule: str) -> float:
@@ -44,6 +47,8 @@ class Optimizer:
         )
         self.training, self.lr, self.steps, self.step_count = training, lr, steps, 0
         self.scale = 1.0  # of the learning rate, lowered after a rollback
+        self._gradients = Room()
+        _settle(self.parameters, self._gradients)
 
     def step(self) -> tuple[float, float]:
         """Apply the gradients that were summed up. Returns the gradient norm before clipping and the rate used.
@@ -59,7 +64,7 @@ class Optimizer:
         if not torch.isfinite(norm):
             raise NotFinite(Culprit("batch", "gradient norm", str(norm.item())))
         self.inner.step()
-        self.inner.zero_grad(set_to_none=True)
+        self.forget()
         self.step_count += 1
         return norm.item(), rate
 
@@ -104,6 +109,7 @@ class Optimizer:
     def forget(self) -> None:
         """Drop the gradients that were summed up so far."""
         self.inner.zero_grad(set_to_none=True)
+        self._gradients.end()
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The moments of every weight that has been stepped, by "number/name"."""
@@ -118,3 +124,18 @@ class Optimizer:
             p = self.parameters[int(number)]
             self.inner.state[p][key] = saved.clone().to(p.device)
         self.step_count = step_count
+
+
+def _settle(parameters: Sequence[nn.Parameter], room: Room) -> None:
+    """Let gradients on a CPU lie in ``room`` from the moment they are made, and while it is there."""
+    known = weakref.ref(room)
+
+    def move(parameter: Tensor) -> None:
+        room, gradient = known(), parameter.grad
+        if room is None or gradient is None or isinstance(gradient, FakeTensor) or gradient.is_sparse:
+            return
+        if gradient.device.type == "cpu" and gradient.nbytes < CHUNK and not room.holds(gradient):
+            parameter.grad = room.take(gradient.numel(), gradient).view_as(gradient).copy_(gradient)
+
+    handles = [parameter.register_post_accumulate_grad_hook(move) for parameter in parameters]
+    weakref.finalize(room, lambda: [handle.remove() for handle in handles]).atexit = False

@@ -1,26 +1,23 @@
-"""Norms and gated layers of Llama's kind as one operation each, on a CPU; what is cheap to make again is not kept.
+"""Norms and gated layers of Llama's kind as one operation each, on a CPU: fewer new tensors are written to.
 
-A linear layer keeps its input for the gradient of its weights or of its adapter. Where that is the output of a norm or
-of a gate, it is made again in the backward pass from what these keep anyway: two of a layer's widest tensors need no
-memory, and their operations write to fewer new ones. On GPUs Liger's kernels do this.
+They keep their inputs only, and their outputs need not be kept (:mod:`rto.models.kept`). On GPUs Liger's kernels do
+this.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import silu
 
+from rto.models.kept import make_again
+
 EXACT = 1e-5  # of the largest number, in float32
-NEWEST = 4  # outputs that a linear layer may still read: of a layer's norm, of those of its queries and keys, of its gate
 
 
 def normalised(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -80,7 +77,7 @@ class FusedNorm:
         if not _plain(x, self.weight):
             return super().forward(x)  # type: ignore[misc]
         out = _Normalised.apply(x, self.weight, self.eps_)
-        known(out, (x, self.weight), functools.partial(normalised, eps=self.eps_))
+        make_again(out, (x, self.weight), functools.partial(normalised, eps=self.eps_))
         return out
 
 
@@ -95,7 +92,7 @@ class FusedGate:
         if not torch.is_grad_enabled():
             return here.down_proj(silu(gate, inplace=True).mul_(up))
         out = _Gated.apply(gate, up)
-        known(out, (gate, up), gated)
+        make_again(out, (gate, up), gated)
         return here.down_proj(out)
 
 
@@ -153,66 +150,3 @@ def _close(said: Callable[[], Tensor], ours: Tensor) -> bool:
     except (RuntimeError, TypeError, AttributeError):  # it wants to be called otherwise
         return False
     return bool(gap < EXACT * ours.abs().max())
-
-
-# --- what is made again ---------------------------------------------------------------------------------------
-
-
-@dataclass(eq=False)
-class _Again:
-    """How to make a tensor again; ``versions`` of what it is made from, which must not change until then."""
-
-    parts: tuple[Tensor, ...]
-    make: Callable[..., Tensor]
-    versions: tuple[int, ...]
-
-    def __call__(self) -> Tensor:
-        assert tuple(p._version for p in self.parts) == self.versions, "an activation was changed in place"
-        return self.make(*self.parts)
-
-
-class Remaking(saved_tensors_hooks):
-    """Of the passes inside, outputs of norms and gates are not kept for gradients."""
-
-    now: Remaking | None = None
-
-    def __init__(self) -> None:
-        # The newest ones: held, so that no other tensor can come to lie where they lie
-        self._known: deque[tuple[Tensor, _Again]] = deque(maxlen=NEWEST)
-        self._made: tuple[_Again, Tensor] | None = None  # several layers read the same one
-        super().__init__(self._pack, self._unpack)
-
-    def __enter__(self) -> Remaking:
-        Remaking.now = self
-        super().__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        Remaking.now = None
-        self._known.clear()
-
-    def know(self, out: Tensor, again: _Again) -> None:
-        self._known.append((out.detach(), again))
-
-    def _pack(self, kept: Tensor) -> Tensor | tuple[_Again, torch.Size]:
-        place = kept.untyped_storage()._cdata
-        for out, again in self._known:
-            if out.untyped_storage()._cdata == place and kept.numel() == out.numel() and kept.is_contiguous():
-                return again, kept.shape
-        return kept
-
-    def _unpack(self, kept: Tensor | tuple[_Again, torch.Size]) -> Tensor:
-        if isinstance(kept, Tensor):
-            return kept
-        again, shape = kept
-        if self._made is None or self._made[0] is not again:
-            self._made = (again, again())
-        return self._made[1].view(shape)
-
-
-def known(out: Tensor, parts: tuple[Tensor, ...], make: Callable[..., Tensor]) -> None:
-    """``out`` = make(*parts) need not be kept in the pass that runs now."""
-    if Remaking.now is not None:
-        parts = tuple(part.detach() for part in parts)
-        Remaking.now.know(out, _Again(parts, make, tuple(part._version for part in parts)))

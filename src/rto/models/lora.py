@@ -27,7 +27,9 @@ class AddingLinear(Linear):
         up: Any = self.lora_B[name]
         flat = x.flatten(0, -2)
         wide, high = base.in_features, base.out_features
-        if not torch.is_grad_enabled() and len(flat) * (wide + high) > 2 * wide * high:  # B A costs less than both products
+        if (
+            not torch.is_grad_enabled() and len(flat) * (wide + high) > 2 * wide * high
+        ):  # B A costs less than both products
             folded = torch.addmm(base.weight, up.weight, down.weight, alpha=self.scaling[name])
             return linear(flat, folded, base.bias).view(*x.shape[:-1], -1)
         low = linear(flat, down.weight)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from rto.batch import Completions, Prompts, Siblings
 from rto.config import Lora
 from rto.input_layer import sum_in_place
-from rto.models.fused import Remaking, fuse
+from rto.models.fused import fuse
+from rto.models.kept import Kept
 from rto.models.kernels import Offloaded
 from rto.models.packing import Packed, keeps_apart, pack
 from rto.models.siblings import Forked, fork
@@ -172,7 +173,7 @@ class Backbone:
     def _passing(self) -> Iterator[None]:
         keeping: contextlib.AbstractContextManager = contextlib.nullcontext()
         if torch.is_grad_enabled() and (self.offload or self.device.type == "cpu"):
-            keeping = Offloaded(self.network) if self.offload else Remaking()
+            keeping = (Offloaded if self.offload else Kept)(self.network)
         with self.autocast(), keeping:
             yield
 
@@ -195,7 +196,7 @@ class Backbone:
     def forked(self, forked: Forked) -> Float[Tensor, "B N H"]:
         """Last hidden states of rows that fork into two answers."""
         attends: Tensor = forked.attends
-        if self.network.config._attn_implementation == "eager":  # adds the mask to the scores
+        if self.device.type == "cpu" or self._attention == "eager":  # it is added to the scores: made once, not a layer
             smallest = torch.finfo(self.compute).min
             attends = torch.zeros_like(attends, dtype=self.compute).masked_fill(~attends, smallest)
         with self._passing():
@@ -351,7 +352,9 @@ class Role:
         if shared.compute != torch.float32:
             states = states.to(shared.compute)
         weight = shared.output_weight
-        return token_logprobs(states, c.ids, c.mask, self._project if weight is None else weight, temperature, entropy=entropy)
+        return token_logprobs(
+            states, c.ids, c.mask, self._project if weight is None else weight, temperature, entropy=entropy
+        )
 
     def logprobs_and_kl(
         self, completions: Completions, reference: Role, reference_states: Float[Tensor, "B T H"]

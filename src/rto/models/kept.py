@@ -1,0 +1,106 @@
+"""What a pass on a CPU keeps for its gradients: in memory of its own, and not what is cheap to make again.
+
+Tensors that live until the backward pass are copied side by side (:mod:`rto.room`); what is left in the heap is small
+and stays in the processor's caches.
+
+A linear layer keeps its input for the gradient of its weights or of its adapter. Where that is the output of a norm or
+of a gate, it is made again from what these keep anyway.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from rto.room import Room
+
+NEWEST = (
+    4  # outputs that a linear layer may still read: of a layer's norm, of those of its queries and keys, of its gate
+)
+
+
+@dataclass(eq=False)
+class _Again:
+    """How to make a tensor again."""
+
+    parts: tuple[Tensor, ...]
+    make: Callable[..., Tensor]
+
+
+class Kept(saved_tensors_hooks):
+    """Of the passes inside. Its memory is free again once nothing of their graphs is left."""
+
+    now: Kept | None = None
+
+    def __init__(self, network: nn.Module) -> None:
+        self._weights = {p.untyped_storage()._cdata for p in network.parameters()}
+        self._room = Room()
+        # By place. Weakly: once a tensor is gone, another one may come to lie where it lay
+        self._copies: dict[int, tuple[weakref.ref[Any], int, Tensor]] = {}
+        self._again: deque[tuple[weakref.ref[Tensor], _Again]] = deque(maxlen=NEWEST)
+        self._made: tuple[_Again, Tensor] | None = None  # several layers read the same one
+        weakref.finalize(self, self._room.end).atexit = False
+        super().__init__(self._pack, self._unpack)
+
+    def __enter__(self) -> None:
+        Kept.now = self
+        super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        Kept.now = None
+        self._copies.clear()
+        self._again.clear()
+        del self.pack_hook, self.unpack_hook  # they hold this object
+
+    def make_again(self, out: Tensor, parts: tuple[Tensor, ...], make: Callable[..., Tensor]) -> None:
+        self._again.append((weakref.ref(out), _Again(tuple(self._copy(part) for part in parts), make)))
+
+    def _pack(self, kept: Tensor) -> Tensor | tuple[_Again, torch.Size]:
+        place = kept.untyped_storage()._cdata
+        for known, again in self._again:
+            out = known()
+            if out is None or out.untyped_storage()._cdata != place:
+                continue
+            if kept.numel() == out.numel() and kept.is_contiguous():
+                return again, kept.shape
+        return self._copy(kept)
+
+    def _unpack(self, kept: Tensor | tuple[_Again, torch.Size]) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        again, shape = kept
+        if self._made is None or self._made[0] is not again:
+            self._made = (again, again.make(*again.parts))
+        return self._made[1].view(shape)
+
+    def _copy(self, kept: Tensor) -> Tensor:
+        """As it is now. Weights stay where they are, and so does what is not of numbers."""
+        storage = kept.untyped_storage()
+        if not kept.is_floating_point() or storage._cdata in self._weights:
+            return kept.detach()
+        whole = storage.nbytes() // kept.itemsize
+        if whole > 2 * kept.numel():  # a small part of something
+            return self._room.take(kept.numel(), kept).copy_(kept.detach().flatten()).view(kept.shape)
+        known, version, copy = self._copies.get(storage._cdata, (_nothing, 0, kept))
+        if known() is not storage or version != kept._version:
+            copy = self._room.take(whole, kept).copy_(kept.detach().as_strided((whole,), (1,), 0))
+            self._copies[storage._cdata] = (weakref.ref(storage), kept._version, copy)
+        return copy.as_strided(kept.shape, kept.stride(), copy.storage_offset() + kept.storage_offset())
+
+
+def _nothing() -> None:
+    return None
+
+
+def make_again(out: Tensor, parts: tuple[Tensor, ...], make: Callable[..., Tensor]) -> None:
+    """``out`` = make(*parts) need not be kept in the pass that runs now."""
+    if Kept.now is not None:
+        Kept.now.make_again(out, parts, make)

@@ -1,0 +1,56 @@
+"""Main memory for tensors that outlive what is computed around them, side by side in chunks that are used again.
+
+In a heap of their own size they would lie between tensors that live for a moment and leave holes that nothing fits
+into: with gradients and kept activations there, a training step takes up to twice the memory that it holds.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+CHUNK = 2**25  # bytes; from here on a block is the system's own (rto.models.runtime.MAPPED)
+ALIGNED = 64
+
+
+class Room:
+    """Tensors of one purpose, which end together."""
+
+    idle: list[Tensor] = []  # chunks of no room, of the whole process
+
+    def __init__(self) -> None:
+        self._chunks: list[Tensor] = []
+        self._used = 0  # bytes of the last chunk
+
+    def take(self, count: int, like: Tensor) -> Tensor:
+        """[count] of ``like``'s kind, with any numbers in it."""
+        if isinstance(like, FakeTensor):  # a rehearsal counts what is used of a chunk
+            self._chunks.append(like.new_empty(count))
+            return self._chunks[-1]
+        size = -(-count * like.itemsize // ALIGNED) * ALIGNED
+        if not self._chunks or self._used + size > len(self._chunks[-1]):
+            # One that somebody still looks at is not used again
+            fitting = [i for i, chunk in enumerate(Room.idle) if len(chunk) >= size and _uses(chunk) == _ALONE]
+            chunk = Room.idle.pop(fitting[-1]) if fitting else torch.empty(max(CHUNK, size), dtype=torch.uint8)
+            self._chunks.append(chunk)
+            self._used = 0
+        start, self._used = self._used, self._used + size
+        return self._chunks[-1][start : start + count * like.itemsize].view(like.dtype)
+
+    def holds(self, tensor: Tensor) -> bool:
+        place = tensor.untyped_storage()._cdata
+        return any(chunk.untyped_storage()._cdata == place for chunk in self._chunks)
+
+    def end(self) -> None:
+        """Nothing in it is needed any more."""
+        Room.idle.extend(chunk for chunk in self._chunks if not isinstance(chunk, FakeTensor))
+        self._chunks.clear()
+        self._used = 0
+
+
+def _uses(chunk: Tensor) -> int:
+    return torch._C._storage_Use_Count(chunk.untyped_storage()._cdata)  # type: ignore[attr-defined]
+
+
+_ALONE = _uses(torch.empty(1))
