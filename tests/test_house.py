@@ -23,7 +23,8 @@ SRC = ROOT / "src"
 
 # From the bottom up: a unit (a module or package directly in rto) imports lower floors only.
 FLOORS = (
-    {"output_layer"},
+    {"output_layer", "room"},
+    {"input_layer"},
     {"batch", "config", "finite", "numerics", "segments", "seeds"},
     {"report", "data", "rewards", "models", "advantages", "optim", "recipe", "theory"},
     {"rollouts", "preferences"},

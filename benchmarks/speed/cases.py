@@ -25,7 +25,7 @@ NAMES = (
 
 # Of rto's passes: small enough for little memory, large enough for matrices that keep the machine busy. Sampling and
 # scoring take four times as many in RL; `generate` alone takes all of its rows at once, as its peer does.
-MICRO_TOKENS = {"dpo": 768, "sft": 512, "reward": 512, "ppo": 1024, "generate": 65536}
+MICRO_TOKENS = {"dpo": 768, "dpo-lora": 576, "sft": 512, "reward": 512, "ppo": 768, "generate": 65536}
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def make_case(
         base.pad,
         batches,
         turns,
-        micro_tokens or MICRO_TOKENS[kind],
+        micro_tokens or MICRO_TOKENS.get(name, MICRO_TOKENS[kind]),
         lr=sizes.lr,
         lora=sizes.rank if name in ("dpo-lora", "ppo-adapters") else None,
         **more,

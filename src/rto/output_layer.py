@@ -2,6 +2,11 @@
 
 No [N, V] logits ever exist: memory does not grow with the vocabulary, blocks stay in the processor's caches, and each
 weight is read, and its gradient written, once a pass.
+
+PyTorch 2.13 has ``F.linear_cross_entropy``, in blocks of rows: no entropy, no temperature, logits computed again for
+the gradient of per-token losses even where weights are frozen, and the weights' gradient as a second tensor. For 512
+states of 576 float32 and 49,152 words on one CPU thread it takes 5 to 10 times our CPU time with its own blocks, 1.1 to
+2 times with good ones (128 rows), which need 1.6 (trained weights) to 6 times (frozen weights) our memory.
 """
 
 from __future__ import annotations
@@ -114,8 +119,8 @@ class _Selected(torch.autograd.Function):
 
 
 def own_gradient(weight: Tensor) -> tuple[Tensor, bool]:
-    """The tensor that ``backward`` adds this weight's gradient to, and whether it was made just now, with any numbers in
-    it."""
+    """The tensor that ``backward`` adds this weight's gradient to, and whether it was made just now: then it has any
+    numbers in it."""
     fresh = weight.grad is None
     if weight.grad is None:
         weight.grad = torch.empty_like(weight)

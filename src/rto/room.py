@@ -29,11 +29,12 @@ class Room:
             self._chunks.append(like.new_empty(count))
             return self._chunks[-1]
         size = -(-count * like.itemsize // ALIGNED) * ALIGNED
-        if not self._chunks or self._used + size > len(self._chunks[-1]):
+        if size > CHUNK:  # a block of the system's own, which nothing else lies beside
+            return torch.empty(count, dtype=like.dtype)
+        if not self._chunks or self._used + size > CHUNK:
             # One that somebody still looks at is not used again
-            fitting = [i for i, chunk in enumerate(Room.idle) if len(chunk) >= size and _uses(chunk) == _ALONE]
-            chunk = Room.idle.pop(fitting[-1]) if fitting else torch.empty(max(CHUNK, size), dtype=torch.uint8)
-            self._chunks.append(chunk)
+            free = next((i for i, chunk in enumerate(Room.idle) if _uses(chunk) == _ALONE), None)
+            self._chunks.append(torch.empty(CHUNK, dtype=torch.uint8) if free is None else Room.idle.pop(free))
             self._used = 0
         start, self._used = self._used, self._used + size
         return self._chunks[-1][start : start + count * like.itemsize].view(like.dtype)

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
@@ -97,6 +97,13 @@ def test_layers_that_only_look_alike_are_left_alone() -> None:
     gemma = network(Gemma2Config, head_dim=4)  # adds 1 to its norms' weights; its gate is another function
     fuse(gemma)
     assert not any(isinstance(m, FusedNorm | FusedGate) for m in gemma.modules())
+
+
+def test_nobody_s_random_numbers_change() -> None:
+    net = network()
+    before = torch.random.get_rng_state()
+    fuse(net)
+    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_bfloat16_is_the_family_s_own() -> None:

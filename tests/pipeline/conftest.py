@@ -32,16 +32,19 @@ batch = 16
 [reward]
 lr = 1e-3
 batch = 16
+[evaluation]
+bootstrap = 100
+[evaluation.oracle]
+type = "world"
+"""
+
+RL = """
 [policy]
 lr = 1e-3
 rollouts = 8
 batch = 4
 [baselines.ppo]
 method = "ppo"
-[evaluation]
-bootstrap = 100
-[evaluation.oracle]
-type = "world"
 """
 
 FILES = """
@@ -72,9 +75,15 @@ bootstrap = 100
 
 
 @pytest.fixture(scope="session")
-def world_recipe(tmp_path_factory) -> str:
+def world() -> str:
+    """The tiny world as the text of a recipe that does not say what RL does."""
+    return WORLD
+
+
+@pytest.fixture(scope="session")
+def world_recipe(world, tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("recipe") / "world.toml"
-    path.write_text(WORLD)
+    path.write_text(world + RL)
     return str(path)
 
 

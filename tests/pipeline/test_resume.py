@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -11,13 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+from cut import made, run_cut, signalled
 
 from rto import recipe
 from rto.cli import main
 from rto.pipeline import run
-from rto.pipeline.job import Job
-from rto.pipeline.stop import Stop, Stopped
 
 MORE = """
 [checkpoints]
@@ -46,33 +43,11 @@ ema = 0.9
 
 
 @pytest.fixture(scope="module")
-def moving_recipe(world_recipe, tmp_path_factory) -> Path:
+def moving_recipe(world, tmp_path_factory) -> Path:
     """A recipe in which everything moves that a checkpoint has to hold."""
-    text = Path(world_recipe).read_text()
-    for part in ("[policy]\nlr = 1e-3\nrollouts = 8\nbatch = 4\n", '[baselines.ppo]\nmethod = "ppo"\n'):
-        assert part in text
-        text = text.replace(part, "")
     path = tmp_path_factory.mktemp("recipe") / "moving.toml"
-    path.write_text(text + MORE)
+    path.write_text(world + MORE)
     return path
-
-
-def signalled(stop: Stop) -> Stop:
-    """SIGTERM has come already."""
-    stop.wanted = "SIGTERM"
-    return stop
-
-
-def made(folder: Path) -> dict[str, object]:
-    """Everything that a run computed: weights by file, metrics without timings, answers."""
-    found: dict[str, object] = {}
-    for path in sorted(folder.rglob("*.safetensors")):
-        found[path.relative_to(folder).as_posix()] = {key: t.tolist() for key, t in load_file(path).items()}
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    found["metrics"] = [{key: value for key, value in row.items() if key != "tokens_per_second"} for row in rows]
-    found["samples"] = (folder / "samples.jsonl").read_text()
-    found["answers"] = {p.name: p.read_text() for p in sorted(folder.glob("evaluation/*.jsonl"))}
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -83,22 +58,9 @@ def whole(moving_recipe, tmp_path_factory) -> dict[str, object]:
     return made(folder)
 
 
-def test_stopped_at_every_step_it_goes_on_to_the_bit(moving_recipe, whole, tmp_path, monkeypatch):
-    """As if SIGTERM came in every single step."""
+def test_stopped_at_every_step_it_goes_on_to_the_bit(moving_recipe, whole, tmp_path):
     config = recipe.load(moving_recipe, [("output", str(tmp_path / "run"))])
-    monkeypatch.setattr(Stop, "__enter__", signalled)
-    stops = 0
-    while True:
-        try:
-            run(config, quiet=True)
-            break
-        except Stopped as stopped:
-            assert stopped.signal == "SIGTERM"
-            stops += 1
-            assert stops < 100
-        if "rl/rto" in Job(config, True).finished():  # the evaluation is not saved in parts
-            monkeypatch.undo()
-    assert stops > 12
+    assert run_cut(config, last="rl/rto") > 12  # the evaluation is not saved in parts
     assert made(tmp_path / "run") == whole
 
 
@@ -116,11 +78,10 @@ def test_killed_at_random_moments_it_goes_on_to_the_bit(moving_recipe, whole, tm
     assert made(folder) == whole
 
 
-def test_another_recipe_is_refused_unless_allowed(moving_recipe, tmp_path, monkeypatch, capsys):
+def test_another_recipe_is_refused_unless_allowed(moving_recipe, tmp_path, capsys):
     folder = tmp_path / "run"
     words = ["run", str(moving_recipe), "--output", str(folder), "--quiet"]
-    with monkeypatch.context() as patched:
-        patched.setattr(Stop, "__enter__", signalled)
+    with signalled():
         assert main(words) == 75
     assert "stopped by SIGTERM" in capsys.readouterr().err
     assert main([*words, "--sft.lr", "0.5"]) == 2

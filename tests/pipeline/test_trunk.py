@@ -2,46 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
+from cut import made, run_cut
 from safetensors.torch import load_file
 from test_two_processes import two
 from torch.testing import assert_close
 
 from rto import recipe
 from rto.cli import main
-from rto.pipeline import run
 from rto.pipeline.job import Job
 from rto.pipeline.memory_plan import Rehearsal
-from rto.pipeline.stop import Stop, Stopped
 from rto.report.log import read_metrics
 
-RECIPE = """
-stages = ["sft", "prefer", "reward", "rl"]
-device = "cpu"
-[data]
-type = "world"
-sft = 16
-pairs = 16
-prompts = 16
-test = 8
-max_response = 8
-[model]
-type = "scratch"
-hidden = 16
-layers = 1
-heads = 2
-intermediate = 16
-lora.r = 2
-[sft]
-batch = 16
-[prefer]
-batch = 16
-[reward]
-batch = 16
+MORE = """
+[model.lora]
+r = 2
 [policy]
 lr = 1e-3
 rollouts = 8
@@ -56,15 +34,13 @@ rl_every = 1
 [baselines.detached]
 method = "ppo"
 critic = { trunk = "detached", warmup = 0 }
-[evaluation.oracle]
-type = "world"
 """
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory) -> Path:
+def written(world, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("recipe") / "trunk.toml"
-    path.write_text(RECIPE)
+    path.write_text('stages = ["sft", "prefer", "reward", "rl"]\n' + world + MORE)
     return path
 
 
@@ -73,15 +49,6 @@ def whole(written, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "run"
     assert main(["run", str(written), "--output", str(folder), "--quiet"]) == 0
     return folder
-
-
-def made(folder: Path) -> dict[str, object]:
-    """Weights and metrics of RL."""
-    paths = sorted(folder.glob("rl/*/*.safetensors"))
-    found: dict[str, object] = {p.parent.name: {k: t.tolist() for k, t in load_file(p).items()} for p in paths}
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    kept = [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows if "rl/" in row["stage"]]
-    return found | {"metrics": kept}
 
 
 def test_rto_learns_with_its_critic_on_the_trunk(whole):
@@ -94,23 +61,9 @@ def test_rto_learns_with_its_critic_on_the_trunk(whole):
     assert main(["run", str(whole), "--quiet"]) == 0  # its own config.json is a recipe
 
 
-def test_cut_after_every_iteration_it_goes_on_to_the_bit(written, whole, tmp_path, monkeypatch):
+def test_cut_after_every_iteration_it_goes_on_to_the_bit(written, whole, tmp_path):
     config = recipe.load(written, [("output", str(tmp_path / "run"))])
-
-    def signalled(stop: Stop) -> Stop:
-        stop.wanted = "SIGTERM"
-        return stop
-
-    monkeypatch.setattr(Stop, "__enter__", signalled)
-    stops = 0
-    while True:
-        try:
-            run(config, quiet=True)
-            break
-        except Stopped:
-            stops += 1
-            assert stops < 20
-    assert stops >= 4
+    assert run_cut(config, last="rl/detached") >= 4
     assert made(tmp_path / "run") == made(whole)
 
 

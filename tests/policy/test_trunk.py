@@ -114,8 +114,10 @@ def test_one_pass_has_the_gradients_of_two(kind, trunk, reduction):
         parameter.requires_grad_(True)
 
     def gradients(loss: torch.Tensor, parameters) -> list[torch.Tensor]:
-        found = torch.autograd.grad(loss, parameters, allow_unused=True)
-        return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+        for p in parameters:
+            p.grad = None
+        loss.backward(retain_graph=True)
+        return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
 
     logprobs, _ = plain.policy.logprobs(c)
     policy_loss = reduce(ppo(logprobs, logprobs.detach(), buffer.advantages), c.mask, reduction, total)
@@ -167,7 +169,7 @@ def test_values_come_with_the_answers(kind):
         drawn = kind.draw(roles, config, [TERMINAL])
     assert passes == without
     with torch.no_grad():
-        assert_close(drawn.values, roles.critic.values(drawn.completions), atol=1e-5, rtol=0)
+        assert_close(drawn.values, roles.critic.values(drawn.completions), atol=1e-5, rtol=1e-5)
     assert drawn.values[drawn.completions.mask].std() > 1e-2
     assert (drawn.values[~drawn.completions.mask] == 0).all()
 

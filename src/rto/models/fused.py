@@ -98,14 +98,15 @@ class FusedGate:
 
 def fuse(network: nn.Module) -> None:
     """Change the norms and gated layers of ``network`` that are what they look like: tried on a few numbers."""
+    module: Any
     for module in network.modules():
-        kind = type(module)
+        kind: Any = type(module)
         if issubclass(kind, FusedNorm | FusedGate):
             continue
         if "RMSNorm" in kind.__name__ and isinstance(getattr(module, "weight", None), nn.Parameter):
             eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
             if isinstance(eps, float) and _norms(module, eps):
-                module.eps_ = eps  # type: ignore[assignment]
+                module.eps_ = eps
                 module.__class__ = _mixed(FusedNorm, kind)
         elif kind.__name__.endswith("MLP") and _gates(module):
             module.__class__ = _mixed(FusedGate, kind)
@@ -127,7 +128,7 @@ def _probe(*shape: int) -> Tensor:
 
 @torch.no_grad()
 def _norms(module: nn.Module, eps: float) -> bool:
-    twin = copy.copy(module)
+    twin: Any = copy.copy(module)
     twin._parameters = {"weight": nn.Parameter(_probe(8))}
     x = _probe(3, 8)
     return _close(lambda: twin(x), normalised(x, twin.weight, eps))
@@ -137,11 +138,12 @@ def _norms(module: nn.Module, eps: float) -> bool:
 def _gates(module: nn.Module) -> bool:
     if set(module._modules) != {"gate_proj", "up_proj", "down_proj", "act_fn"} or module._parameters:
         return False
-    layers = {"gate_proj": nn.Linear(8, 5), "up_proj": nn.Linear(8, 5), "down_proj": nn.Linear(5, 8)}
-    twin = copy.copy(module)
-    twin._modules = {**layers, "act_fn": module.act_fn}
+    twin: Any = copy.copy(module)
+    with torch.random.fork_rng(devices=[]):  # nobody else's random numbers change
+        gate, up, down = nn.Linear(8, 5), nn.Linear(8, 5), nn.Linear(5, 8)
+    twin._modules = {"gate_proj": gate, "up_proj": up, "down_proj": down, "act_fn": module.act_fn}
     x = _probe(3, 8)
-    return _close(lambda: twin(x), layers["down_proj"](gated(layers["gate_proj"](x), layers["up_proj"](x))))
+    return _close(lambda: twin(x), down(gated(gate(x), up(x))))
 
 
 def _close(said: Callable[[], Tensor], ours: Tensor) -> bool:

@@ -44,7 +44,7 @@ class Kept(saved_tensors_hooks):
         self._room = Room()
         # By place. Weakly: once a tensor is gone, another one may come to lie where it lay
         self._copies: dict[int, tuple[weakref.ref[Any], int, Tensor]] = {}
-        self._again: deque[tuple[weakref.ref[Tensor], _Again]] = deque(maxlen=NEWEST)
+        self._again: deque[tuple[weakref.ref[Tensor], int, _Again]] = deque(maxlen=NEWEST)
         self._made: tuple[_Again, Tensor] | None = None  # several layers read the same one
         weakref.finalize(self, self._room.end).atexit = False
         super().__init__(self._pack, self._unpack)
@@ -61,31 +61,42 @@ class Kept(saved_tensors_hooks):
         del self.pack_hook, self.unpack_hook  # they hold this object
 
     def make_again(self, out: Tensor, parts: tuple[Tensor, ...], make: Callable[..., Tensor]) -> None:
-        self._again.append((weakref.ref(out), _Again(tuple(self._copy(part) for part in parts), make)))
+        if torch._C._autograd._top_saved_tensors_default_hooks(True)[0] != self.pack_hook:
+            return  # a checkpointed layer keeps nothing
+        self._again.append((weakref.ref(out), out._version, _Again(tuple(self._part(part) for part in parts), make)))
 
-    def _pack(self, kept: Tensor) -> Tensor | tuple[_Again, torch.Size]:
+    def _pack(self, kept: Tensor) -> Tensor | tuple[_Again, torch.Size] | tuple[Tensor, int]:
         place = kept.untyped_storage()._cdata
-        for known, again in self._again:
+        for known, version, again in self._again:
             out = known()
-            if out is None or out.untyped_storage()._cdata != place:
+            if out is None or out.untyped_storage()._cdata != place or kept._version != version:
                 continue
             if kept.numel() == out.numel() and kept.is_contiguous():
                 return again, kept.shape
-        return self._copy(kept)
+        return self._copy(kept) if self._copies_of(kept) else (kept.detach(), kept._version)
 
-    def _unpack(self, kept: Tensor | tuple[_Again, torch.Size]) -> Tensor:
+    def _unpack(self, kept: Tensor | tuple[Any, Any]) -> Tensor:
         if isinstance(kept, Tensor):
             return kept
-        again, shape = kept
-        if self._made is None or self._made[0] is not again:
-            self._made = (again, again.make(*again.parts))
-        return self._made[1].view(shape)
+        what, more = kept
+        if isinstance(what, Tensor):
+            if what._version != more:
+                raise RuntimeError("weights or indices were changed in place between a pass and its gradients")
+            return what
+        if self._made is None or self._made[0] is not what:
+            self._made = (what, what.make(*what.parts))
+        return self._made[1].view(more)
+
+    def _part(self, part: Tensor) -> Tensor:
+        return self._copy(part) if self._copies_of(part) else part.detach()
+
+    def _copies_of(self, kept: Tensor) -> bool:
+        """Weights stay where they are, and so does what is not of numbers."""
+        return kept.is_floating_point() and kept.untyped_storage()._cdata not in self._weights
 
     def _copy(self, kept: Tensor) -> Tensor:
-        """As it is now. Weights stay where they are, and so does what is not of numbers."""
+        """As it is now."""
         storage = kept.untyped_storage()
-        if not kept.is_floating_point() or storage._cdata in self._weights:
-            return kept.detach()
         whole = storage.nbytes() // kept.itemsize
         if whole > 2 * kept.numel():  # a small part of something
             return self._room.take(kept.numel(), kept).copy_(kept.detach().flatten()).view(kept.shape)

@@ -7,7 +7,6 @@ that they pretend to be on. Whatever stays alive is therefore what would stay al
 from __future__ import annotations
 
 import ctypes
-import platform
 import weakref
 from collections import Counter
 from collections.abc import Iterable
@@ -22,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from rto import config as recipe
 from rto.models.load import locate, scratch_network, without_dropout
 from rto.models.role import Backbone, Role
-from rto.models.runtime import MAPPED
+from rto.models.runtime import MAPPED, ask_heap
 from rto.models.workshop import Workshop
 
 Label = tuple[str, str]  # role, and what its bytes are: "weights", "gradients", ...
@@ -32,14 +31,11 @@ class Glibc:
     """The C library's heap, asked for the same blocks at the same moments, which are never written to and so take no
     memory. Large blocks stay in it (:mod:`rto.models.runtime`), and it grows by the holes that nothing fits into."""
 
-    class _Info(ctypes.Structure):
-        _fields_ = [(f"field{i}", ctypes.c_size_t) for i in range(10)]
-
     def __init__(self) -> None:
         libc = ctypes.CDLL(None)
-        self._take, self._give, self._ask = libc.posix_memalign, libc.free, libc.mallinfo2
+        self._take, self._give = libc.posix_memalign, libc.free
         self._take.argtypes = [ctypes.POINTER(ctypes.c_void_p), ctypes.c_size_t, ctypes.c_size_t]
-        self._give.argtypes, self._ask.restype = [ctypes.c_void_p], self._Info
+        self._give.argtypes = [ctypes.c_void_p]
         self._mapped: dict[int, int] = {}  # blocks of the system's own, by place
         self._most = 0  # bytes of heap and large blocks at once
 
@@ -61,14 +57,15 @@ class Glibc:
 
     def size(self) -> int:
         """The most bytes that the heap, which only grows, and the large blocks have had from the system at once."""
-        self._most = max(self._most, int(self._ask().field0) + sum(self._mapped.values()))
+        heap = ask_heap()
+        assert heap is not None
+        self._most = max(self._most, heap.size + sum(self._mapped.values()))
         return self._most
 
 
 def heap_of(device: torch.device) -> Glibc | None:
     """The heap that tensors on this device come from, where we know how it grows."""
-    known = device.type == "cpu" and platform.libc_ver()[0] == "glibc"
-    return Glibc() if known and hasattr(ctypes.CDLL(None), "mallinfo2") else None
+    return Glibc() if device.type == "cpu" and ask_heap() is not None else None
 
 
 class Tally(TorchDispatchMode):

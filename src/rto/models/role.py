@@ -12,14 +12,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from rto.batch import Completions, Prompts, Siblings
+from rto.batch import Completions, Siblings
 from rto.config import Lora
 from rto.input_layer import sum_in_place
 from rto.models.fused import fuse
 from rto.models.kept import Kept
 from rto.models.kernels import Offloaded
 from rto.models.packing import Packed, keeps_apart, pack
-from rto.models.siblings import Forked, fork
+from rto.models.siblings import Forked, fork, reads_forked
 from rto.numerics import predicting, token_kl, token_logprobs
 
 if TYPE_CHECKING:
@@ -211,24 +211,8 @@ class Backbone:
             kinds = set(getattr(settings, "layer_types", None) or ["full_attention"])
             whole = kinds == {"full_attention"} and not getattr(settings, "sliding_window", None)
             known = self._attention in ("sdpa", "eager") and self._takes_positions
-            self._forks = bool(whole and known and not self.packing) and self._try_fork()
+            self._forks = bool(whole and known and not self.packing) and reads_forked(Role(self))
         return self._forks
-
-    @torch.no_grad()
-    def _try_fork(self) -> bool:
-        words = self.network.config.get_text_config().vocab_size
-        ids = (words // 2 + torch.arange(24, device=self.device)).reshape(4, 6) % words
-        ids[2:, :3] = ids[:2, :3]  # the same prompts
-        mask = torch.ones(4, 3, dtype=torch.bool, device=self.device)
-        asked = mask.clone()
-        asked[[1, 3], 0] = False
-        mask[0, 2] = False
-        siblings = Siblings(Prompts(ids[:, :3], asked), ids[:, 3:], mask, mask[:, 0])
-        real = siblings.sequence()[1]
-        role = Role(self)
-        plain = role.hidden(Completions(siblings.prompt, siblings.ids, siblings.mask, siblings.finished))
-        gap = (role.fork(siblings) - plain)[real].abs().max() / plain[real].abs().max()
-        return bool(gap < (1e-4 if self.compute == torch.float32 else 5e-2))
 
     def packed(self, packed: Packed) -> Float[Tensor, "N H"]:
         """Last hidden states of sequences in one row."""

@@ -20,6 +20,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from rto.models.threads import choose_threads
+from rto.room import Room
 
 
 class Runtime:
@@ -116,6 +117,42 @@ def _keep_freed_memory() -> None:
         libc, mmap_threshold, trim_threshold = ctypes.CDLL(None), -3, -1  # the numbers of malloc.h
         libc.mallopt(mmap_threshold, MAPPED)
         libc.mallopt(trim_threshold, -1)  # never
+
+
+SPARE = 2**28  # bytes that are kept for the next phase; more go back to the system
+
+
+class Heap(ctypes.Structure):
+    """glibc's mallinfo2, in bytes."""
+
+    _fields_ = [(f"field{i}", ctypes.c_size_t) for i in range(10)]
+
+    @property
+    def size(self) -> int:
+        return int(self.field0)
+
+    @property
+    def free(self) -> int:
+        return int(self.field8)
+
+
+def ask_heap() -> Heap | None:
+    """None where the C library is another one, or too old to tell."""
+    if platform.libc_ver()[0] != "glibc" or not hasattr(ctypes.CDLL(None), "mallinfo2"):
+        return None
+    ask = ctypes.CDLL(None).mallinfo2
+    ask.restype = Heap
+    return ask()
+
+
+def release_memory() -> None:
+    """Between phases that hold different things: what is free after the one goes back to the system, if it is much."""
+    heap = ask_heap()
+    if sum(map(len, Room.idle)) + (heap.free if heap is not None else 0) < SPARE:
+        return
+    Room.idle.clear()
+    if heap is not None:
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak_memory_mb() -> float:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from rto.batch import Siblings
+from rto.batch import Completions, Prompts, Siblings
+from rto.models.packing import same_states
+
+if TYPE_CHECKING:
+    from rto.models.role import Role
 
 
 @dataclass(frozen=True)
@@ -57,3 +62,20 @@ def fork(siblings: Siblings) -> Forked:
         row, column = real[half].nonzero(as_tuple=True)
         ids[row, places[half][row, column]] = sequence[half][row, column]
     return Forked(ids, positions, attends, places)
+
+
+@torch.no_grad()
+def reads_forked(role: Role) -> bool:
+    """Whether this model reads forked rows as it reads padded rows: tried on two pairs of answers."""
+    backbone = role.backbone
+    words = backbone.network.config.get_text_config().vocab_size
+    ids = (words // 2 + torch.arange(24, device=backbone.device)).reshape(4, 6) % words  # ordinary ones
+    ids[2:, :3] = ids[:2, :3]  # the same prompts
+    mask = torch.ones(4, 3, dtype=torch.bool, device=backbone.device)
+    asked = mask.clone()
+    asked[[1, 3], 0] = False
+    mask[0, 2] = False
+    siblings = Siblings(Prompts(ids[:, :3], asked), ids[:, 3:], mask, mask[:, 0])
+    _, real = siblings.sequence()
+    plain = role.padded(Completions(siblings.prompt, siblings.ids, siblings.mask, siblings.finished))
+    return same_states(role.fork(siblings)[real], plain[real], backbone.compute)

@@ -23,7 +23,7 @@ from rto.data.chat import AnswerRow, PromptRow
 from rto.finite import NotFinite, require_finite
 from rto.models.memory import Budget
 from rto.models.role import Role
-from rto.models.runtime import Runtime
+from rto.models.runtime import Runtime, release_memory
 from rto.models.saver import Moving, Saver
 from rto.numerics import masked_sum, whiten
 from rto.optim import Optimizer
@@ -130,10 +130,12 @@ def train(
                 metrics["oracle"] = sum(truth) / len(truth)
             if saver is not None:  # before the update: these are the answers of the policy as it is
                 saver.consider(state.iteration, moving, metrics)
+            release_memory()
             try:
                 metrics |= _learn(learner, reader, drawn, buffer, metrics, config, state, seed, runtime, saver, moving)
             except _WentBack:
                 continue
+            release_memory()
         state.iteration += 1
         if drawn is not None:
             metrics["tokens_per_second"] = drawn.signals.mask.sum().item() / (time.perf_counter() - begun)
