@@ -75,7 +75,7 @@ def test_overhead_of_iterations(capsys):
         share = float(cells[-1].strip().rstrip("%")) / 100
         assert all(part > 0 for part in parts)
         assert share == pytest.approx(1 - sum(parts) / seconds, abs=0.02)
-    assert "policy/rollout.py:" in said
+    assert "policy/" in said
     assert (Backbone.states, torch.Tensor.backward) == plain
 
 
@@ -192,11 +192,12 @@ def test_a_profile_of_all_work(capsys):
     said = capsys.readouterr().out
     rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in said.splitlines() if line.startswith("|")}
     shares = [[float(cell.strip().rstrip("%")) for cell in rows[group]] for group in profiling.GROUPS]
-    assert [sum(column) for column in zip(*shares, strict=True)] == pytest.approx([100] * 4, abs=1)
+    assert [sum(column) for column in zip(*shares, strict=True)] == pytest.approx([100] * len(profiling.WORK), abs=1)
     products, attention, norm, head = shares[:4]
     assert min(products) > 0 and min(attention) > 0 and min(norm) > 0 and min(head) > 0
     optimiser = shares[profiling.GROUPS.index("optimiser and clipping")]
-    assert optimiser[:2] > [0, 0] and optimiser[2:] == [0, 0]  # training has one, reading none
+    reads = [name in ("scoring", "sampling") for name in profiling.WORK]
+    assert [share == 0 for share in optimiser] == reads  # training has one, reading none
     with pytest.raises(SystemExit):
         profiling.main(["dpo2"])
 

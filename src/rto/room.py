@@ -22,12 +22,13 @@ class Room:
     def __init__(self) -> None:
         self._chunks: list[Tensor] = []
         self._used = 0  # bytes of the last chunk
+        self._ghosts: list[Tensor] = []
 
     def take(self, count: int, like: Tensor) -> Tensor:
         """[count] of ``like``'s kind, with any numbers in it."""
         if isinstance(like, FakeTensor):  # a rehearsal counts what is used of a chunk
-            self._chunks.append(like.new_empty(count))
-            return self._chunks[-1]
+            self._ghosts.append(like.new_empty(count))
+            return self._ghosts[-1]
         size = -(-count * like.itemsize // ALIGNED) * ALIGNED
         if size > CHUNK:  # a block of the system's own, which nothing else lies beside
             return torch.empty(count, dtype=like.dtype)
@@ -45,8 +46,9 @@ class Room:
 
     def end(self) -> None:
         """Nothing in it is needed any more."""
-        Room.idle.extend(chunk for chunk in self._chunks if not isinstance(chunk, FakeTensor))
+        Room.idle.extend(self._chunks)
         self._chunks.clear()
+        self._ghosts.clear()
         self._used = 0
 
 

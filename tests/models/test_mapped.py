@@ -38,7 +38,7 @@ def test_pages_go_and_come_back(network: Any) -> None:
     before = network(ids).logits
     held = resident(network)
     size = sum(p.nbytes for p in network.parameters())
-    assert held * 1024 > size * 0.9
+    assert held * 1024 > size / 2  # the words in use, and the layers
     assert let_go(network) >= size
     assert resident(network) < held / 2
     assert torch.equal(network(ids).logits, before)

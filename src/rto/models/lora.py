@@ -1,8 +1,7 @@
-"""peft's LoRA layer with its product added in place, or to the weights.
+"""peft's LoRA layer with its product added in place.
 
 peft makes W x, B A x, and two more tensors of that size on the way to W x + scale B A x. This one makes the first and
-adds to it: less memory traffic, the same numbers but for rounding. Many tokens without gradients are multiplied by
-W + scale B A, made for this one product.
+adds to it: less memory traffic, the same numbers but for rounding.
 """
 
 from __future__ import annotations
@@ -26,12 +25,6 @@ class AddingLinear(Linear):
         down: Any = self.lora_A[name]
         up: Any = self.lora_B[name]
         flat = x.flatten(0, -2)
-        wide, high = base.in_features, base.out_features
-        if (
-            not torch.is_grad_enabled() and len(flat) * (wide + high) > 2 * wide * high
-        ):  # B A costs less than both products
-            folded = torch.addmm(base.weight, up.weight, down.weight, alpha=self.scaling[name])
-            return linear(flat, folded, base.bias).view(*x.shape[:-1], -1)
         low = linear(flat, down.weight)
         out = linear(flat, base.weight, base.bias)  # not kept for its own gradient, so it may be changed
         out.addmm_(low, up.weight.T, alpha=self.scaling[name])
