@@ -112,7 +112,7 @@ def test_a_rehearsal_leaves_no_chunk(idle: list[Tensor]) -> None:
     with FakeTensorMode():
         like = torch.zeros(0, dtype=torch.bfloat16)
         taken = here.take(3, like)
-        assert taken.shape == (3,) and taken.dtype == torch.bfloat16
+        assert taken.shape == (3,) and taken.dtype == torch.bfloat16 and here.holds(taken)
     here.end()
     assert idle == [] and here.take(2, torch.zeros(0)).fill_(1.0).tolist() == [1.0, 1.0]
 

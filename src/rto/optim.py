@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from rto.config import Training
 from rto.finite import Culprit, NotFinite
@@ -132,7 +131,7 @@ def _settle(parameters: Sequence[nn.Parameter], room: Room) -> None:
 
     def move(parameter: Tensor) -> None:
         room, gradient = known(), parameter.grad
-        if room is None or gradient is None or isinstance(gradient, FakeTensor) or gradient.is_sparse:
+        if room is None or gradient is None or gradient.is_sparse:
             return
         if gradient.device.type == "cpu" and gradient.nbytes < CHUNK and not room.holds(gradient):
             parameter.grad = room.take(gradient.numel(), gradient).view_as(gradient).copy_(gradient)

@@ -18,17 +18,17 @@ class Room:
     """Tensors of one purpose, which end together."""
 
     idle: list[Tensor] = []  # chunks of no room, of the whole process
+    making = False  # a ghost
 
     def __init__(self) -> None:
         self._chunks: list[Tensor] = []
         self._used = 0  # bytes of the last chunk
-        self._ghosts: list[Tensor] = []
+        self._ghosts: dict[int, Tensor] = {}  # by place
 
     def take(self, count: int, like: Tensor) -> Tensor:
         """[count] of ``like``'s kind, with any numbers in it."""
-        if isinstance(like, FakeTensor):  # a rehearsal counts what is used of a chunk
-            self._ghosts.append(like.new_empty(count))
-            return self._ghosts[-1]
+        if isinstance(like, FakeTensor):
+            return self._ghost(count, like)
         size = -(-count * like.itemsize // ALIGNED) * ALIGNED
         if size > CHUNK:  # a block of the system's own, which nothing else lies beside
             return torch.empty(count, dtype=like.dtype)
@@ -40,9 +40,19 @@ class Room:
         start, self._used = self._used, self._used + size
         return self._chunks[-1][start : start + count * like.itemsize].view(like.dtype)
 
+    def _ghost(self, count: int, like: Tensor) -> Tensor:
+        """For a rehearsal, which counts what is used of a chunk, and knows by ``making`` that it lies in no heap."""
+        Room.making = True
+        try:
+            made = like.new_empty(count)
+        finally:
+            Room.making = False
+        self._ghosts[made.untyped_storage()._cdata] = made
+        return made
+
     def holds(self, tensor: Tensor) -> bool:
         place = tensor.untyped_storage()._cdata
-        return any(chunk.untyped_storage()._cdata == place for chunk in self._chunks)
+        return place in self._ghosts or any(chunk.untyped_storage()._cdata == place for chunk in self._chunks)
 
     def end(self) -> None:
         """Nothing in it is needed any more."""

@@ -81,12 +81,7 @@ class Real(TorchDispatchMode):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_rehearsed_step_holds_what_a_real_one_holds(lora, checkpointing, monkeypatch):
     """Two DPO steps, activations, gradients and moments: byte for byte, but for tensors of indices and masks."""
-
-    def take(self, count, like):  # one chunk is more than the whole step
-        self._ghosts.append(like.new_empty(count))
-        return self._ghosts[-1]
-
-    monkeypatch.setattr(room.Room, "take", take)
+    monkeypatch.setattr(room.Room, "take", room.Room._ghost)  # one chunk is more than the whole step
     tokenizer, runtime = world_tokenizer(), Runtime("cpu")
     training, rows = Prefer(batch=4, micro_tokens=10_000), pairs(4, 3, 9)
     model = MODEL.model_copy(update={"lora": lora, "gradient_checkpointing": checkpointing})

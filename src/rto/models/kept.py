@@ -21,9 +21,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from rto.room import Room
 
-NEWEST = (
-    4  # outputs that a linear layer may still read: of a layer's norm, of those of its queries and keys, of its gate
-)
+# Outputs that a linear layer may still read: of a layer's norm, of those of its queries and keys, of its gate
+NEWEST = 4
 
 
 @dataclass(eq=False)

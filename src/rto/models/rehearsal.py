@@ -23,6 +23,7 @@ from rto.models.load import locate, scratch_network, without_dropout
 from rto.models.role import Backbone, Role
 from rto.models.runtime import MAPPED, ask_heap
 from rto.models.workshop import Workshop
+from rto.room import Room
 
 Label = tuple[str, str]  # role, and what its bytes are: "weights", "gradients", ...
 
@@ -37,10 +38,15 @@ class Glibc:
         self._take.argtypes = [ctypes.POINTER(ctypes.c_void_p), ctypes.c_size_t, ctypes.c_size_t]
         self._give.argtypes = [ctypes.c_void_p]
         self._mapped: dict[int, int] = {}  # blocks of the system's own, by place
+        self._apart = 0  # the last place of a block that is in no heap, below zero
         self._most = 0  # bytes of heap and large blocks at once
 
-    def take(self, size: int) -> int | None:
-        """A block aligned as PyTorch aligns its tensors; None where there is no room."""
+    def take(self, size: int, apart: bool = False) -> int | None:
+        """A block aligned as PyTorch aligns its tensors; None where there is no room. ``apart``: not in the heap."""
+        if apart:
+            self._apart -= 1
+            self._mapped[self._apart] = size
+            return self._apart
         place = ctypes.c_void_p()
         if self._take(ctypes.byref(place), 64, max(1, size)) != 0:
             return None
@@ -52,7 +58,7 @@ class Glibc:
         if place in self._mapped:
             self.size()  # the heap only grows, so the most there is at once stands before a large block goes
             del self._mapped[place]
-        if place is not None:
+        if place is not None and place >= 0:
             self._give(place)
 
     def size(self) -> int:
@@ -109,7 +115,7 @@ class Tally(TorchDispatchMode):
         if key in self._known:
             return
         size = storage.nbytes()
-        place = self.heap.take(size) if self.heap is not None and not mapped else None
+        place = self.heap.take(size, Room.making) if self.heap is not None and not mapped else None
         self._known[key] = (size, label, place)
         self.total += size
         self.mapped += size if mapped else 0
