@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 from benchmarks.speed import ours, theirs
 from benchmarks.speed.case import Case, Row
@@ -77,9 +78,13 @@ def rto(case: Case, turns: Turns) -> None:
 
             say = staticmethod(print)
 
-        rollout.generate = _timed(turns, "sampling", rollout.generate, lambda out: made.append(_size(out.completions)))
-        train.update = _timed(turns, "updates", train.update)
-        with tempfile.TemporaryDirectory() as folder:
+        sampled = _timed(turns, "sampling", rollout.generate, lambda out: made.append(_size(out.completions)))
+        updated = _timed(turns, "updates", train.update)
+        with (
+            mock.patch.object(rollout, "generate", sampled),
+            mock.patch.object(train, "update", updated),
+            tempfile.TemporaryDirectory() as folder,
+        ):
             train.train(
                 "rl",
                 policy,
