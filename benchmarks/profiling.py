@@ -1,4 +1,4 @@
-"""Where the time goes: shares of a DPO step, of one with LoRA, of a scoring pass and of sampling, by kind of operation.
+"""Where the time goes: shares of DPO steps, a scoring pass, RL iterations and sampling, by kind of operation.
 
     python -m benchmarks.profiling --threads 2                  # SmolLM2-135M (make smollm)
     python -m benchmarks.profiling scoring --ops 20             # one of them, with its largest operations

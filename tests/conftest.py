@@ -6,9 +6,11 @@ The import hook checks every annotation of ``rto`` with beartype, sizes included
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers and datasets are imported
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -25,6 +27,15 @@ install_import_hook("rto", "beartype.beartype(conf=beartype.BeartypeConf(is_pep4
 sys.path.append(os.path.dirname(__file__))  # for mutate.py, which several folders of tests use
 
 torch.set_num_threads(1)  # models this small lose time by sharing work
+
+
+@pytest.fixture(scope="module")
+def no_other_garbage() -> Iterator[None]:
+    """Graphs of other tests end now. What lives here is passed over by the collector, which then is quick."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

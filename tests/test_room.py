@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,14 +14,7 @@ from rto.config import Training
 from rto.optim import Optimizer
 from rto.room import Room
 
-
-@pytest.fixture(scope="module", autouse=True)
-def no_other_garbage() -> Iterator[None]:
-    """Rooms of other tests end now. What lives here is passed over by the collector, which then is quick."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("no_other_garbage")
 
 
 @pytest.fixture(autouse=True)

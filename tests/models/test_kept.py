@@ -26,14 +26,7 @@ from rto.room import Room
 LLAMA = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4}
 
-
-@pytest.fixture(scope="module", autouse=True)
-def no_other_garbage() -> Iterator[None]:
-    """Graphs of other tests end now. What lives here is passed over by the collector, which then is quick."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("no_other_garbage")
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rto.batch import Completions
 from rto.models.role import Backbone, Role
-from rto.rollouts.score import read_by
+from rto.rollouts.score import in_micro_batches
 
 Reading = Literal["last", "mean"]
 
@@ -45,7 +45,7 @@ def attention_weights(role: Role, completions: Completions, reading: Reading, bu
             raise ValueError(f"{role.backbone.source}: {family} gives no attention weights: choose another model")
         return _normalised(spread(*_positions(part), kept[0]), part.mask)
 
-    return read_by(role, completions, read, min(budget, max(1, rows) * longest))
+    return in_micro_batches(completions, read, min(budget, max(1, rows) * longest), role.backbone.device)
 
 
 def _positions(c: Completions) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"]]:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from rto.batch import Completions
 from rto.data.collate import micro_batches, trim
-from rto.models.mapped import let_go
 from rto.models.role import Role
 
 
@@ -37,38 +36,31 @@ def in_micro_batches(
     return result
 
 
-def read_by(
-    role: Role, completions: Completions, read: Callable[[Completions], Tensor], budget: int
-) -> Float[Tensor, B * rest]:
-    """:func:`in_micro_batches` of ``role``, whose weights may leave memory then until its next turn."""
-    found = in_micro_batches(completions, read, budget, role.backbone.device)
-    let_go(role.backbone.network)
-    return found
-
-
 def token_logprobs(role: Role, completions: Completions, budget: int, temperature: float = 1.0) -> Float[Tensor, "B T"]:
     """Log-prob of each response token under ``role``."""
-    return read_by(role, completions, lambda c: role.logprobs(c, temperature, entropy=False)[0], budget)
+    return in_micro_batches(
+        completions, lambda c: role.logprobs(c, temperature, entropy=False)[0], budget, role.backbone.device
+    )
 
 
 def logprobs_and_entropy(
     role: Role, completions: Completions, budget: int
 ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
     """Log-prob of each response token, and entropy of the distribution that predicts it (nats)."""
-    both = read_by(role, completions, lambda c: torch.stack(role.logprobs(c), -1), budget)
+    both = in_micro_batches(completions, lambda c: torch.stack(role.logprobs(c), -1), budget, role.backbone.device)
     return both[..., 0], both[..., 1]
 
 
 def token_values(role: Role, completions: Completions, budget: int) -> Float[Tensor, "B T"]:
     """The scorer at each response token."""
-    return read_by(role, completions, role.token_scores, budget)
+    return in_micro_batches(completions, role.token_scores, budget, role.backbone.device)
 
 
 def sentence_scores(role: Role, completions: Completions, budget: int) -> Float[Tensor, " B"]:
     """The scorer at each answer's last token."""
-    return read_by(role, completions, role.scores, budget)
+    return in_micro_batches(completions, role.scores, budget, role.backbone.device)
 
 
 def state_values(role: Role, completions: Completions, budget: int) -> Float[Tensor, "B T"]:
     """The critic before each response token."""
-    return read_by(role, completions, role.values, budget)
+    return in_micro_batches(completions, role.values, budget, role.backbone.device)

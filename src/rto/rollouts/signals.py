@@ -17,6 +17,7 @@ from rto.config import Spec
 from rto.data.chat import Encoder, PromptRow
 from rto.finite import require_finite
 from rto.models.checkpoint import ScorerNotes
+from rto.models.mapped import let_go
 from rto.models.role import Role
 from rto.models.segment import mean_at_ends
 from rto.rewards.normaliser import Normaliser
@@ -93,11 +94,13 @@ class Reader:
         if not cut or heat != 1.0:
             same = policy is self.reference and heat == 1.0
             parts["reference"] = logprobs if same else token_logprobs(self.reference, c, self.budget, heat)
+        let_go(self.reference.backbone.network)  # before the next role comes into memory
         if self.moving is not None:
             parts["moving"] = token_logprobs(self.moving, c, self.budget, heat)
         if "guide" in needs:
             assert self.guide is not None
             parts["guide"] = token_logprobs(self.guide, c, self.budget, heat)
+            let_go(self.guide.backbone.network)
         if self.scorer is not None:
             parts |= self._scored(self.scorer, c, entropy, prompts)
         if "attention" in needs:
@@ -107,6 +110,8 @@ class Reader:
                 parts["attention"] = reader.attention(c, prompts, options["reading"])
             else:
                 parts["attention"] = attention_weights(reader, c, options["reading"], self.budget)
+        if self.scorer is not None and isinstance(self.scorer.role, Role):
+            let_go(self.scorer.role.backbone.network)
         if needs & {"sentence_ends", *EXTERNAL}:
             parts |= self._of_text(c, prompts)
         return parts
