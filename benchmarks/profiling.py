@@ -28,7 +28,7 @@ from benchmarks.speed.cases import make_base, make_case
 from benchmarks.speed.machine import described, gemm_peak, use_threads
 from benchmarks.speed.turns import Turns
 
-PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "addmv", "mv", "dot", "_linear_pointwise", "_mkl_linear")
+PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "baddbmm", "addmv", "mv", "dot", "_linear_pointwise", "_mkl_linear")
 COPIES = (
     "copy_",
     "cat",
