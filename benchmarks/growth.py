@@ -111,7 +111,7 @@ def measure(point: Point) -> dict[str, Any]:
         sizes = [objective.size(row) for row in rows]
 
         def work() -> None:
-            gradients(objective, rows, budget, runtime)
+            gradients(objective, rows, budget, runtime, optimizer.forget)
             optimizer.step()
     else:
         prompts, answers = [row.prompt for row in rows] * 2, [row.chosen for row in rows] + [r.rejected for r in rows]

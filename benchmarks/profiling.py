@@ -4,7 +4,8 @@
     python -m benchmarks.profiling scoring --ops 20             # one of them, with its largest operations
 
 torch's profiler sees one turn of each piece of work of benchmarks/speed, after one in which operations were counted and
-one that was timed. Prints a Markdown table.
+some that were timed. A machine's speed moves within minutes: a timed turn is compared with the best matrix products just
+before and after it. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import contextlib
 import io
 import os
 import resource
+import statistics
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +66,6 @@ GROUPS = (
     "copies and allocation",
     "Python and launching",
 )
-TURNS = ("go", "count", "go", "go")  # warm-up, operations, seconds, profile
 
 
 def scoring(case: Case, turns: Turns) -> None:
@@ -97,26 +99,41 @@ WORK: dict[str, tuple[str, Callable[[Case, Turns], None]]] = {
 class Profile:
     """Of one turn. ``shares`` are of the profiled turn's seconds, by group; ``ops`` by name and group."""
 
-    seconds: float  # of the turn that nobody looked at
+    seconds: list[float]  # of each turn that nobody looked at
+    peaks: list[float]  # floating-point operations a second, around each of these
     flops: int
     shares: dict[str, float]
     ops: Counter[tuple[str, str]] = field(default_factory=Counter)
     system: float = 0.0  # share of the processor time that the system took, mostly to clear new pages
     faults: int = 0  # pages that were touched for the first time
 
+    @property
+    def of_peak(self) -> list[float]:
+        return [self.flops / s / peak for s, peak in zip(self.seconds, self.peaks, strict=True)]
+
 
 class Watched(Turns):
-    """Takes its turns at once; the last one is profiled."""
+    """Takes its turns at once: warm-up, operations, ``timed`` ones, and the last one is profiled. ``peak`` measures."""
 
-    def __init__(self) -> None:
-        super().__init__(io.StringIO("".join(f"{order}\n" for order in TURNS)), io.StringIO())
+    def __init__(self, timed: int, peak: Callable[[], float]) -> None:
+        self.orders = ("go", "count", *["go"] * timed, "go")
+        super().__init__(io.StringIO("".join(f"{order}\n" for order in self.orders)), io.StringIO())
         self.events: Any = None
-        self.flops, self.seconds, self.profiled = 0, 0.0, 0.0
+        self.flops, self.profiled = 0, 0.0
+        self.seconds: list[float] = []
+        self.peaks: list[float] = []
         self.system, self.faults = 0.0, 0
+        self._peak = peak
+
+    @property
+    def _timed(self) -> bool:
+        return 2 <= self.number < len(self.orders) - 1
 
     def begin(self) -> None:
+        if self._timed:
+            self.peaks.append(self._peak())
         super().begin()
-        if self.number == len(TURNS) - 1:
+        if self.number == len(self.orders) - 1:
             from torch.profiler import ProfilerActivity, profile
 
             self._profile = profile(activities=[ProfilerActivity.CPU])
@@ -127,11 +144,12 @@ class Watched(Turns):
         used = resource.getrusage(resource.RUSAGE_SELF)
         super().stop()
         self.flops = self.flops or self._flops
-        if self.number < len(TURNS) - 1:
-            self.seconds = self._seconds
+        if self._timed:
+            self.seconds.append(self._seconds)
+            self.peaks[-1] = max(self.peaks[-1], self._peak())
             system, user = used.ru_stime - self._used.ru_stime, used.ru_utime - self._used.ru_utime
             self.system, self.faults = system / max(1e-9, system + user), used.ru_minflt - self._used.ru_minflt
-        else:
+        elif self.number == len(self.orders) - 1:
             self.profiled = self._seconds
             self._profile.__exit__(None, None, None)
             self.events = self._profile.events()
@@ -221,25 +239,26 @@ def shares(events: Any, seconds: float) -> tuple[dict[str, float], Counter[tuple
     return by_group, Counter({key: taken / seconds for key, taken in found.items()})
 
 
-def profiled(work: Callable[[Case, Turns], None], case: Case) -> Profile:
+def profiled(work: Callable[[Case, Turns], None], case: Case, turns: Watched) -> Profile:
     from rto.rollouts import generate
 
-    turns, plain = Watched(), generate.uniforms
+    plain = generate.uniforms
     try:
         with marked(), contextlib.suppress(SystemExit):  # no orders are left
             work(case, turns)
     finally:
         generate.uniforms = plain  # type: ignore[assignment]
     by_group, ops = shares(turns.events, turns.profiled)
-    return Profile(turns.seconds, turns.flops, by_group, ops, turns.system, turns.faults)
+    return Profile(turns.seconds, turns.peaks, turns.flops, by_group, ops, turns.system, turns.faults)
 
 
-def table(found: dict[str, Profile], peak: float) -> str:
+def table(found: dict[str, Profile]) -> str:
     heads = ["", *found]
     rows = [
-        ["seconds", *(f"{p.seconds:.3g}" for p in found.values())],
+        ["seconds", *(_middle(p.seconds, "{:.3g}") for p in found.values())],
         ["TFLOP done", *(f"{p.flops / 1e12:.3g}" for p in found.values())],
-        ["share of the GEMM peak", *(f"{p.flops / p.seconds / peak:.0%}" for p in found.values())],
+        ["GEMM peak, GFLOP/s", *(_middle([peak / 1e9 for peak in p.peaks], "{:.0f}") for p in found.values())],
+        ["share of the GEMM peak", *(_middle(p.of_peak, "{:.0%}") for p in found.values())],
         *([group, *(f"{p.shares[group]:.1%}" for p in found.values())] for group in GROUPS),
         ["page faults", *(f"{p.faults:,}" for p in found.values())],
         ["processor time in the system", *(f"{p.system:.1%}" for p in found.values())],
@@ -248,8 +267,9 @@ def table(found: dict[str, Profile], peak: float) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _peak(known: argparse.Namespace) -> float:
-    return gemm_peak(known.threads, 0.1 if known.quick else 2.0)
+def _middle(values: list[float], form: str) -> str:
+    middle, low, high = (form.format(f(values)) for f in (statistics.median, min, max))
+    return middle if low == high else f"{middle} ({low} to {high})"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -259,22 +279,24 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("work", nargs="*", help=f"default: {', '.join(WORK)}")
     parser.add_argument("--quick", action="store_true", help="a tiny model: its shares say nothing")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--turns", type=int, default=3, help="that are timed, of each (default: 3)")
     parser.add_argument("--ops", type=int, default=0, help="also the largest operations of each")
     known = parser.parse_args(arguments)
     if unknown := [name for name in known.work if name not in WORK]:
         parser.error(f"there is no work named {', '.join(unknown)}: choose among {', '.join(WORK)}")
+    if known.turns < 1:
+        parser.error("--turns is 1 or more")
     use_threads(known.threads)
-    peak = _peak(known)
     found: dict[str, Profile] = {}
     with tempfile.TemporaryDirectory() as folder:
         base = make_base(Path(folder), known.quick)
         for name in known.work or WORK:
             case, work = WORK[name]
-            made = make_case(case, base, Path(folder), turns=len(TURNS), quick=known.quick)
-            found[name] = profiled(work, made)
-            print(f"{name}: {found[name].seconds:.3g} s", file=sys.stderr, flush=True)
-    peak = max(peak, _peak(known))
-    print(f"{described(known.threads)}, GEMM peak {peak / 1e9:.0f} GFLOP/s\n\n{table(found, peak)}")
+            turns = Watched(known.turns, partial(gemm_peak, known.threads, 0.1 if known.quick else 2.0))
+            made = make_case(case, base, Path(folder), turns=len(turns.orders), quick=known.quick)
+            found[name] = profiled(work, made, turns)
+            print(f"{name}: {_middle(found[name].seconds, '{:.3g}')} s", file=sys.stderr, flush=True)
+    print(f"{described(known.threads)}\n\n{table(found)}")
     for name, profile in found.items():
         if known.ops:
             print(f"\n{name}\n")

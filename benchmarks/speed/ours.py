@@ -70,7 +70,7 @@ def supervised(case: Case, objective: Any, batches: list[list[Any]], runtime: An
         batch = batches[turns.number % len(batches)]
         turns.begin()
         with turns.phase("backward"):
-            loss, sums = gradients(objective, batch, budget, runtime)
+            loss, sums = gradients(objective, batch, budget, runtime, optimizer.forget)
         turns.spent["backward"] -= turns.spent["forward"]
         optimizer.step()
         turns.stop()

@@ -41,6 +41,7 @@ class _Rows(torch.autograd.Function):
         if ctx.padding is not None:  # as torch has it: this row is never trained
             gradient = gradient.masked_fill((ids == ctx.padding)[..., None], 0.0)
         whole.index_add_(0, ids.flatten(), gradient.flatten(0, -2).to(whole.dtype))
+        ctx.weight.grad = whole
         return None, None, None
 
 

@@ -126,7 +126,8 @@ class Optimizer:
 
 
 def _settle(parameters: Sequence[nn.Parameter], room: Room) -> None:
-    """Let gradients on a CPU lie in ``room`` from the moment they are made, and while it is there."""
+    """Let gradients on a CPU lie in ``room`` from the moment they are made, and while it is there. Not those that are
+    larger than its chunks, nor those of embeddings and output layers that are added in place."""
     known = weakref.ref(room)
 
     def move(parameter: Tensor) -> None:

@@ -115,16 +115,15 @@ class _Selected(torch.autograd.Function):
                 weights[start:stop].copy_(share.T @ x) if fresh else weights[start:stop].add_(share.T @ x)
         if states is not None:
             states = states.div_(ctx.temperature).to(ctx.kind)
+        if for_weight and ctx.own is not None:
+            ctx.own.grad = weights
         return states, weights if ctx.own is None else None, None, None, None, None
 
 
 def own_gradient(weight: Tensor) -> tuple[Tensor, bool]:
     """The tensor that ``backward`` adds this weight's gradient to, and whether it was made just now: then it has any
-    numbers in it."""
-    fresh = weight.grad is None
-    if weight.grad is None:
-        weight.grad = torch.empty_like(weight)
-    return weight.grad, fresh
+    numbers in it. It becomes the weight's ``grad`` when it is whole: not where memory is short half-way."""
+    return (torch.empty_like(weight), True) if weight.grad is None else (weight.grad, False)
 
 
 def _blocks(weight: Tensor, block: int) -> list[tuple[int, Tensor]]:

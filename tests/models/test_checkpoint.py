@@ -217,6 +217,23 @@ def test_merging_leaves_a_plain_model(base, tokenizer, tmp_path):
     same_logprobs(whole, plain)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_merging_into_a_table_that_embeds_and_predicts_changes_one_of_the_two(base, tokenizer, tmp_path, target):
+    hf.LlamaForCausalLM(hf.AutoConfig.from_pretrained(base, tie_word_embeddings=True)).save_pretrained(
+        tmp_path / "tied"
+    )
+    shop = workshop(tmp_path / "tied", tokenizer, Lora(r=4, alpha=8, targets=["q_proj", target]))
+    role = moved(shop.new_policy("sft"))
+    inner = role.backbone.network
+    assert inner.get_output_embeddings().weight is inner.get_input_embeddings().weight
+    before = role.logprobs(batch())[0]
+    whole = merged(role)
+    torch.testing.assert_close(whole.logprobs(batch())[0], before, atol=1e-5, rtol=1e-5)
+    save_role(whole, tmp_path / "merged", tokenizer, PAD)
+    same_logprobs(whole, hf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+
+
 def test_a_merged_backbone_takes_new_adapters(base, tokenizer):
     shop = workshop(base, tokenizer, LORA)
     whole = merged(moved(shop.new_policy("sft")))

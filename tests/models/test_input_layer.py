@@ -1,6 +1,10 @@
+from typing import Any
+
+import pytest
 import torch
 from torch import nn
 
+from rto import output_layer
 from rto.input_layer import SummingEmbedding, sum_in_place
 from rto.output_layer import selected_logprobs
 
@@ -63,3 +67,19 @@ def test_other_embeddings_are_left_alone() -> None:
     frozen = nn.Embedding(3, 2).requires_grad_(False)
     sum_in_place(frozen)
     assert not frozen(torch.tensor([1])).requires_grad
+
+
+def test_a_gradient_that_lacks_memory_half_way_leaves_nothing(monkeypatch) -> None:
+    weight = nn.Parameter(torch.randn(9, 4))
+    states, labels = torch.randn(5, 4, requires_grad=True), torch.randint(9, (5,))
+    scores = selected_logprobs(states, weight, labels, block=4)[0]
+    blocks = output_layer._blocks
+
+    def lacking(*given: Any) -> Any:
+        yield blocks(*given)[0]
+        raise torch.OutOfMemoryError("out of memory")
+
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(output_layer, "_blocks", lacking)
+        scores.sum().backward()
+    assert weight.grad is None

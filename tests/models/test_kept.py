@@ -18,7 +18,7 @@ from rto.config import Lora, Training
 from rto.data.collate import collate_completions
 from rto.models import role
 from rto.models.fused import fuse
-from rto.models.kept import Kept
+from rto.models.kept import Kept, make_again
 from rto.models.role import Backbone, Role
 from rto.optim import Optimizer
 from rto.room import Room
@@ -277,6 +277,29 @@ def test_a_graph_that_is_dropped_leaves_its_memory(idle: list[Tensor]) -> None:
         assert len(idle) == 1
     finally:
         gc.enable()
+
+
+def test_an_output_that_lies_in_another_order_is_not_made_again(idle: list[Tensor]) -> None:
+    """What is made from copies lies row by row: to view it like the output would mix up its numbers."""
+    x, scale = torch.randn(3, 3).t().requires_grad_(), torch.randn(3, 3)
+    with Kept(nn.Identity()):
+        out = x * 2
+        assert not out.is_contiguous() and out.t().is_contiguous()
+        make_again(out, (x,), lambda part: part.clone(memory_format=torch.contiguous_format) * 2)
+        total = (out.t().square() * scale).sum()
+    total.backward()
+    torch.testing.assert_close(x.grad, (8 * x * scale.t()).detach())
+
+
+def test_a_norm_that_changes_before_the_gradient_is_noticed() -> None:
+    """Frozen, as below an adapter: only what is made again from it would show the change."""
+    acting = made(lora=True)
+    total = loss(acting)
+    network: Any = acting.backbone.network
+    with torch.no_grad():
+        network.model.layers[0].input_layernorm.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        total.backward()
 
 
 def test_an_error_inside_ends_it(idle: list[Tensor]) -> None:

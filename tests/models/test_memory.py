@@ -8,6 +8,7 @@ import torch
 from rto.data.chat import AnswerRow
 from rto.finite import Culprit, NotFinite
 from rto.models.memory import Budget, lacks_memory
+from rto.room import Room
 
 
 def small(limit: int):
@@ -67,3 +68,9 @@ def test_other_errors_stay_errors():
     assert lacks_memory(MemoryError()) and lacks_memory(
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
     )
+
+
+def test_what_lies_ready_is_given_up(monkeypatch):
+    monkeypatch.setattr(Room, "idle", [torch.empty(8)])
+    work, _ = small(4)
+    assert Budget(8, print).within(work) == 4 and Room.idle == []

@@ -90,7 +90,7 @@ def test_a_rehearsed_step_holds_what_a_real_one_holds(lora, checkpointing, monke
         objective = PairObjective(role, dpo, {"beta": 0.1}, 0, reference)
         optimizer = Optimizer(role.parameters(), training, 1e-3, 2)
         for _ in range(2):
-            gradients(objective, rows, Budget(10_000, print), runtime)
+            gradients(objective, rows, Budget(10_000, print), runtime, optimizer.forget)
             optimizer.step()
 
     tally = Tally(len(tokenizer))

@@ -16,6 +16,7 @@ from torch.testing import assert_close
 from rto.config import Supervised
 from rto.finite import NotFinite
 from rto.models.memory import Budget
+from rto.optim import Optimizer
 from rto.preferences import bradley_terry, dpo
 from rto.preferences.train import PairObjective, SftObjective, evaluate, fit, gradients
 from rto.report.log import Progress, RunLog, read_metrics
@@ -50,6 +51,38 @@ def weights(goal) -> list[torch.Tensor]:
     return [p.detach().clone() for p in goal.role.parameters()]
 
 
+def test_a_step_that_lacks_memory_holds_one_set_of_gradients(world, tmp_path, monkeypatch):
+    """The second micro-batch does not fit, again and again: the gradients of the first are dropped each time."""
+    found = []
+    for rooms in (8, 1):  # rows that fit
+        goal = objective(world, "dpo")
+        taken: list[int] = []
+        plain_loss, plain_step = goal.loss, Optimizer.step
+        goal.loss = lambda rows, total, fits=rooms, loss=plain_loss: _fits(loss, rows, total, fits)
+
+        def step(self, plain=plain_step, taken=taken):
+            taken.append(self._gradients._used)
+            return plain(self)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Optimizer, "step", step)
+            train(world, goal, rows_of(world, "dpo"), tmp_path / str(rooms), micro_tokens=WHOLE, max_steps=2, eps=1e-4)
+        found.append((taken, weights(goal)))
+    (whole, after), (scarce, after_scarce) = found
+    assert scarce == whole and whole[0] > 0
+    for a, b in zip(after, after_scarce, strict=True):
+        assert_close(a, b, atol=1e-5, rtol=0)
+
+
+def _fits(loss, rows, total, most):
+    """Some rows fit at first, and their gradients are there when memory ends."""
+    if len(rows) > most and torch.is_grad_enabled():
+        value, measured = loss(rows[:1], total)
+        value.backward()
+        raise torch.OutOfMemoryError("out of memory")
+    return loss(rows, total)
+
+
 # --- cutting and padding ------------------------------------------------------------------------------
 
 
@@ -59,8 +92,10 @@ def test_one_batch_of_eight_equals_eight_of_one(world, kind, tmp_path):
     assert len({objective(world, kind).size(row) for row in rows[:8]}) > 1  # lengths differ, so one batch has padding
 
     whole, alone = objective(world, kind), objective(world, kind)
-    loss, sums = gradients(whole, rows[:8], Budget(WHOLE, print), world.runtime)
-    loss_alone, sums_alone = gradients(alone, rows[:8], Budget(ALONE, print), world.runtime)
+    loss, sums = gradients(whole, rows[:8], Budget(WHOLE, print), world.runtime, whole.role.backbone.network.zero_grad)
+    loss_alone, sums_alone = gradients(
+        alone, rows[:8], Budget(ALONE, print), world.runtime, alone.role.backbone.network.zero_grad
+    )
     assert loss_alone == pytest.approx(loss, abs=1e-6)
     assert sums_alone == pytest.approx(sums, abs=1e-5)
     for a, b in zip(whole.role.parameters(), alone.role.parameters(), strict=True):

@@ -84,7 +84,7 @@ def test_ragged_groups_are_read_answer_by_answer(world, nudged, groups):
 def test_the_loss_by_hand(world, nudged, groups):
     """KTO, answer by answer, with the baseline of the batch."""
     goal, rows = objective(world, nudged, beta=0.5), groups[:3]
-    value, sums = gradients(goal, rows, Budget(WHOLE, print), world.runtime)
+    value, sums = gradients(goal, rows, Budget(WHOLE, print), world.runtime, goal.role.backbone.network.zero_grad)
 
     def ratio(prompt: list[int], answer: list[int]) -> float:
         return logprob(goal.role, prompt, answer) - logprob(goal.reference, prompt, answer)
@@ -106,7 +106,7 @@ def test_the_loss_by_hand(world, nudged, groups):
 
 def test_the_baseline_has_no_gradient(world, nudged, groups):
     goal, other = objective(world, nudged), objective(world, nudged)
-    gradients(goal, groups, Budget(WHOLE, print), world.runtime)
+    gradients(goal, groups, Budget(WHOLE, print), world.runtime, goal.role.backbone.network.zero_grad)
     other.prepare(groups, Budget(WHOLE, print), world.runtime)
     assert isinstance(other.baseline, float) and goal.baseline == pytest.approx(other.baseline)
     other.loss(groups, len(groups))[0].backward()
@@ -143,8 +143,10 @@ def test_the_baseline_of_two_processes_adds_up(world, nudged, groups):
 @pytest.mark.parametrize(("loss", "options"), [(kto, {}), (mppo, {}), (mppo, {"variant": "mcs"})])
 def test_one_batch_of_eight_equals_eight_of_one(world, nudged, groups, loss, options, lora):
     whole, alone = (objective(world, nudged, loss, lora, **options) for _ in range(2))
-    value, sums = gradients(whole, groups, Budget(WHOLE, print), world.runtime)
-    value_alone, sums_alone = gradients(alone, groups, Budget(ALONE, print), world.runtime)
+    value, sums = gradients(whole, groups, Budget(WHOLE, print), world.runtime, whole.role.backbone.network.zero_grad)
+    value_alone, sums_alone = gradients(
+        alone, groups, Budget(ALONE, print), world.runtime, alone.role.backbone.network.zero_grad
+    )
     assert value_alone == pytest.approx(value, abs=1e-5)
     assert sums_alone == pytest.approx(sums, abs=1e-4)
     for a, b in zip(grads(whole), grads(alone), strict=True):
@@ -258,11 +260,11 @@ def test_the_cache_spares_the_reference(world, nudged, groups, tmp_path):
     """All but the mismatched pairs, which are others in each epoch."""
     plain, goal = objective(world, nudged), objective(world, nudged)
     goal.cache = ReferenceCache(tmp_path / "c.safetensors", "one")
-    expected = gradients(plain, groups, Budget(WHOLE, print), world.runtime)
+    expected = gradients(plain, groups, Budget(WHOLE, print), world.runtime, plain.role.backbone.network.zero_grad)
     seen: list[int] = []
     goal.reference.backbone.body.register_forward_hook(lambda *_: seen.append(1))
     for passes in (2, 3):  # mismatched and own pairs, then mismatched ones
-        value, sums = gradients(goal, groups, Budget(WHOLE, print), world.runtime)
+        value, sums = gradients(goal, groups, Budget(WHOLE, print), world.runtime, goal.role.backbone.network.zero_grad)
         assert (value, sums) == (pytest.approx(expected[0]), pytest.approx(expected[1], abs=1e-5))
         assert len(seen) == passes
     short = [replace(groups[0], prompt=groups[1].prompt)]

@@ -98,7 +98,7 @@ def test_the_reference_gets_no_gradient(world, nudged):
     goal = objective(world, nudged, tdpo1)
     for p in goal.reference.parameters():
         p.requires_grad_(True)
-    gradients(goal, world.rows.pairs[:4], Budget(WHOLE, print), world.runtime)
+    gradients(goal, world.rows.pairs[:4], Budget(WHOLE, print), world.runtime, goal.role.backbone.network.zero_grad)
     assert all(p.grad is None for p in goal.reference.parameters())
     assert sum(float(g.abs().sum()) for g in grads(goal.role)) > 0
 
@@ -111,8 +111,10 @@ def test_the_reference_gets_no_gradient(world, nudged):
 def test_one_batch_of_eight_equals_eight_of_one(world, nudged, loss, settings):
     whole, alone = (objective(world, nudged, loss, settings) for _ in range(2))
     rows = world.rows.pairs[:8]
-    value, sums = gradients(whole, rows, Budget(WHOLE, print), world.runtime)
-    value_alone, sums_alone = gradients(alone, rows, Budget(ALONE, print), world.runtime)
+    value, sums = gradients(whole, rows, Budget(WHOLE, print), world.runtime, whole.role.backbone.network.zero_grad)
+    value_alone, sums_alone = gradients(
+        alone, rows, Budget(ALONE, print), world.runtime, alone.role.backbone.network.zero_grad
+    )
     assert value_alone == pytest.approx(value, rel=1e-5)
     assert sums_alone == pytest.approx(sums, abs=1e-4)
     for a, b in zip(grads(whole.role), grads(alone.role), strict=True):

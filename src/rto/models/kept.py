@@ -31,6 +31,7 @@ class _Again:
 
     parts: tuple[Tensor, ...]
     make: Callable[..., Tensor]
+    versions: tuple[int | None, ...]  # of parts that are weights
 
 
 class Kept(saved_tensors_hooks):
@@ -49,8 +50,8 @@ class Kept(saved_tensors_hooks):
         super().__init__(self._pack, self._unpack)
 
     def __enter__(self) -> None:
-        Kept.now = self
         super().__enter__()
+        Kept.now = self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
@@ -62,7 +63,11 @@ class Kept(saved_tensors_hooks):
     def make_again(self, out: Tensor, parts: tuple[Tensor, ...], make: Callable[..., Tensor]) -> None:
         if torch._C._autograd._top_saved_tensors_default_hooks(True)[0] != self.pack_hook:
             return  # a checkpointed layer keeps nothing
-        self._again.append((weakref.ref(out), out._version, _Again(tuple(self._part(part) for part in parts), make)))
+        if not out.is_contiguous():
+            return  # what is made again would lie in another order
+        versions = tuple(None if self._copies_of(part) else part._version for part in parts)
+        again = _Again(tuple(self._part(part) for part in parts), make, versions)
+        self._again.append((weakref.ref(out), out._version, again))
 
     def _pack(self, kept: Tensor) -> Tensor | tuple[_Again, torch.Size] | tuple[Tensor, int]:
         place = kept.untyped_storage()._cdata
@@ -79,9 +84,10 @@ class Kept(saved_tensors_hooks):
             return kept
         what, more = kept
         if isinstance(what, Tensor):
-            if what._version != more:
-                raise RuntimeError("weights or indices were changed in place between a pass and its gradients")
+            _require_unchanged(what, more)
             return what
+        for part, version in zip(what.parts, what.versions, strict=True):
+            _require_unchanged(part, version)
         if self._made is None or self._made[0] is not what:
             self._made = (what, what.make(*what.parts))
         return self._made[1].view(more)
@@ -90,7 +96,8 @@ class Kept(saved_tensors_hooks):
         return self._copy(part) if self._copies_of(part) else part.detach()
 
     def _copies_of(self, kept: Tensor) -> bool:
-        """Weights stay where they are, and so does what is not of numbers."""
+        """Weights stay where they are, and so does what is not of numbers. Autocast's copies of weights are like any
+        other tensor."""
         return kept.is_floating_point() and kept.untyped_storage()._cdata not in self._weights
 
     def _copy(self, kept: Tensor) -> Tensor:
@@ -104,6 +111,11 @@ class Kept(saved_tensors_hooks):
             copy = self._room.take(whole, kept).copy_(kept.detach().as_strided((whole,), (1,), 0))
             self._copies[storage._cdata] = (weakref.ref(storage), kept._version, copy)
         return copy.as_strided(kept.shape, kept.stride(), copy.storage_offset() + kept.storage_offset())
+
+
+def _require_unchanged(kept: Tensor, version: int | None) -> None:
+    if version is not None and kept._version != version:
+        raise RuntimeError("weights or indices were changed in place between a pass and its gradients")
 
 
 def _nothing() -> None:

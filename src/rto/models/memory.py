@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from rto.finite import NotFinite
+from rto.room import Room
 
 Result = TypeVar("Result")
 
@@ -62,6 +63,7 @@ class Budget:
             undo()  # outside of the handler: there the error would keep every activation alive
             self.tokens //= 2
             gc.collect()
+            Room.idle.clear()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 

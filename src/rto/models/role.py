@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
+import warnings
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -95,7 +97,9 @@ class Backbone:
 
         trained = {id(p) for p in self._adapter_weights if p.requires_grad}
         settings = self.adapter_config()
-        inject_adapter_in_model(settings, self.network, adapter_name=name)
+        with warnings.catch_warnings():  # of merging, which here gives each its own weights
+            warnings.filterwarnings("ignore", message=".*a tied layer is part of the adapter")
+            inject_adapter_in_model(settings, self.network, adapter_name=name)
         del self.network.peft_config  # peft's mark: it would be saved, and warned of at the next adapter
         self._targets = sorted(settings.target_modules)  # "all-linear" has become the layers' names
         self._layers = [m for m in self.network.modules() if isinstance(m, BaseTunerLayer)]
@@ -143,11 +147,23 @@ class Backbone:
     def merge_adapter(self, name: str) -> None:
         """Fold an adapter into the weights and remove every adapter."""
         self.activate(name)
+        self._untie()
         for key, layer in [(key, m) for key, m in self.network.named_modules() if m in self._layers]:
             layer.merge(adapter_names=[name])
             parent, _, child = key.rpartition(".")
             setattr(self.network.get_submodule(parent), child, layer.get_base_layer())
         self._layers, self._adapter_weights, self._active = [], [], None
+
+    def _untie(self) -> None:
+        """Give an adapted layer weights of its own where it shares them, as an output layer does with the embedding:
+        what is folded into the one must not reach the other."""
+        network = self.network
+        owners = Counter(id(p) for module in network.modules() for p in module._parameters.values() if p is not None)
+        for layer in self._layers:
+            base = layer.get_base_layer()
+            if owners[id(base.weight)] > 1:
+                base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
+                network.config.tie_word_embeddings = network.config.get_text_config().tie_word_embeddings = False
 
     def _recompute(self) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
         """For gradient checkpointing: the backward pass runs a layer again with the adapter of its forward pass."""

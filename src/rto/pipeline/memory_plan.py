@@ -262,7 +262,7 @@ class Rehearsal:
         with tally:
             for step in range(min(steps, 2)):  # at the second there are moments
                 tally.label = PASS
-                gradients(objective, batch, Budget(training.micro_tokens, print), self.runtime)
+                gradients(objective, batch, Budget(training.micro_tokens, print), self.runtime, optimizer.forget)
                 optimizer.step()
                 _name_moments(tally, optimizer, called)
                 if not step:

@@ -21,7 +21,7 @@ from rto.data.collate import micro_batches
 from rto.finite import NotFinite
 from rto.models.memory import Budget
 from rto.models.role import Role
-from rto.models.runtime import Runtime
+from rto.models.runtime import Runtime, release_memory
 from rto.models.saver import Moving, Saver
 from rto.optim import Optimizer
 from rto.preferences.cache import ReferenceCache
@@ -119,7 +119,7 @@ def fit(
         begun = time.perf_counter()
         batch = [rows[i] for i in order[state.rows_seen : state.rows_seen + training.batch]]
         try:
-            loss, sums = gradients(objective, batch, budget, runtime)
+            loss, sums = gradients(objective, batch, budget, runtime, state.optimizer.forget)
             norm, rate = _step(state.optimizer, objective, batch, runtime)
         except NotFinite as error:
             state.optimizer.forget()
@@ -137,6 +137,7 @@ def fit(
         values["tokens_per_second"] = sum(map(objective.size, batch)) / (time.perf_counter() - begun)
         measured = state.step == steps or (eval_every is not None and state.step % eval_every == 0)
         if measured and held_out:
+            release_memory()  # what lies ready for training is of no use to it
             try:
                 found = evaluate(objective, held_out, training, runtime)
             except NotFinite as error:
@@ -190,14 +191,14 @@ def _trained(objective: Objective[Row]) -> str:
     return "policy" if objective.role.head is None else "scorer"
 
 
-def gradients(objective: Objective[Row], batch: list[Row], budget: Budget, runtime: Runtime) -> tuple[float, Sums]:
-    """Leave the whole batch's gradient on the role's parameters. Returns its loss and the metrics' sums."""
+def gradients(
+    objective: Objective[Row], batch: list[Row], budget: Budget, runtime: Runtime, forget: Callable[[], None]
+) -> tuple[float, Sums]:
+    """Leave the whole batch's gradient on the role's parameters. Returns its loss and the metrics' sums.
 
-    def undo() -> None:
-        for p in objective.role.parameters():
-            p.grad = None
-
-    sums = _accumulate(objective, batch, budget, runtime, lambda loss: loss.backward(), undo)
+    ``forget`` drops a part of it (:meth:`~rto.optim.Optimizer.forget`), where memory was short for the next.
+    """
+    sums = _accumulate(objective, batch, budget, runtime, lambda loss: loss.backward(), forget)
     runtime.sum_gradients(objective.role.parameters())
     return sums.pop("loss"), sums
 
