@@ -4,8 +4,8 @@
     python -m benchmarks.profiling scoring --ops 20             # one of them, with its largest operations
 
 torch's profiler sees one turn of each piece of work of benchmarks/speed, after one in which operations were counted and
-some that were timed. A machine's speed moves within minutes: a timed turn is compared with the best matrix products just
-before and after it. Prints a Markdown table.
+some that were timed. A machine's speed moves within minutes: a timed turn is compared with the best matrix products
+just before and after it. Prints a Markdown table.
 """
 
 from __future__ import annotations
