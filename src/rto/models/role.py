@@ -155,8 +155,7 @@ class Backbone:
         self._layers, self._adapter_weights, self._active = [], [], None
 
     def _untie(self) -> None:
-        """Give an adapted layer weights of its own where it shares them, as an output layer does with the embedding:
-        what is folded into the one must not reach the other."""
+        """Give an adapted layer weights of its own where it shares them, as an output layer does with the embedding."""
         network = self.network
         owners = Counter(id(p) for module in network.modules() for p in module._parameters.values() if p is not None)
         for layer in self._layers:
