@@ -48,6 +48,7 @@ def test_a_forked_row_by_hand():
     found = fork(siblings())
     assert found.ids[0].tolist() == [5, 6, 7, 8, 9, 2, 5, 2]
     assert found.positions[0].tolist() == [0, 1, 2, 3, 4, 5, 3, 4]
+    assert found.positions[1].tolist() == [0, 1, 2, 1, 2, 3, 0, 0]  # padding too has a place that every model has
     assert found.attends[0, 0, 6].nonzero().flatten().tolist() == [0, 1, 2, 6]  # not the other answer
     assert found.attends[0, 0, 5].nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 5]
     assert found.attends.any(-1).all()  # a softmax over nothing is NaN

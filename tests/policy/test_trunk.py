@@ -142,6 +142,17 @@ def test_one_pass_has_the_gradients_of_two(kind, trunk, reduction):
 
 
 @pytest.mark.parametrize("trunk", ["policy", "detached"])
+def test_log_probs_are_tempered_as_the_policys_own(world, trunk):
+    roles = roles_of(world, trunk)
+    c = buffer_of(world, roles, settings(world, trunk)).completions
+    found, entropy, _ = roles.critic.logprobs_and_values(c, 0.6)
+    expected, of_policy = roles.policy.logprobs(c, 0.6)
+    assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    assert_close(entropy, of_policy, atol=1e-6, rtol=1e-5)
+    assert (found - roles.policy.logprobs(c)[0])[c.mask].abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("trunk", ["policy", "detached"])
 def test_the_value_clip_holds(world, trunk):
     """Values that have moved by 1 since the rollout."""
     config, roles = settings(world, trunk), roles_of(world, trunk)
