@@ -100,6 +100,19 @@ def test_a_window_of_attention_is_left_to_separate_rows():
     assert_close(role.logprobs(siblings()), role.logprobs(plain(siblings())))
 
 
+@pytest.mark.parametrize("ignored", ["position_ids", "attention_mask"])
+def test_a_model_that_reads_forked_rows_in_its_own_way_is_found_out(ignored):
+    odd = network("llama")
+    body = odd.model.forward
+
+    def own(*args, position_ids=None, attention_mask=None, **more):
+        given = {"position_ids": position_ids, "attention_mask": attention_mask}
+        return body(*args, **{**given, ignored: None}, **more)
+
+    odd.model.forward = own
+    assert not Backbone(odd, "x", None, torch.float32).forks
+
+
 def test_a_choice_of_siblings_need_not_be_siblings():
     assert type(siblings().rows(torch.tensor([0, 4]))) is Completions
     assert type(siblings().to("cpu")) is Siblings
