@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rto.rollouts.pick import BLOCK, pick
+from rto.rollouts.pick import BLOCK, _first_above, pick
 
 PROBS = [0.5, 0.0, 0.3, 0.15, 0.05]
 
@@ -81,3 +81,8 @@ def test_no_number_crashes_nothing():
     """It is found where the log-probs are checked, with the row's name."""
     tokens, logprobs = pick(torch.full((2, 600), torch.nan), torch.tensor([0.0, 0.9]), 1.0, 1.0)
     assert ((tokens >= 0) & (tokens < 600)).all() and logprobs.isnan().all()
+
+
+def test_rounding_never_reaches_a_word_without_probability():
+    """A number so near to 1 that its product with the sum is the sum: the last word that has any is taken."""
+    assert _first_above(torch.tensor([[0.25, 1.0, 1.0], [0.0, 0.5, 0.5]]), torch.tensor([1.0, 0.5])).tolist() == [1, 1]
