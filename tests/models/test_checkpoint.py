@@ -232,6 +232,7 @@ def test_merging_into_a_table_that_embeds_and_predicts_changes_one_of_the_two(ba
     torch.testing.assert_close(whole.logprobs(batch())[0], before, atol=1e-5, rtol=1e-5)
     save_role(whole, tmp_path / "merged", tokenizer, PAD)
     same_logprobs(whole, hf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"] is False
 
 
 def test_a_merged_backbone_takes_new_adapters(base, tokenizer):
