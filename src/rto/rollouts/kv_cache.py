@@ -46,7 +46,7 @@ class RoomyLayer(DynamicLayer):
         super().batch_select_indices(indices)
         self._buffers = []
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
         self._buffers = []
 
