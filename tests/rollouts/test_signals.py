@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from rto.models.role import Backbone, Role
 from rto.models.segment import SegmentScorer
 from rto.recipe import build
 from rto.rewards.normaliser import Normaliser
+from rto.rollouts import signals
 from rto.rollouts.signals import Reader, Scorer, check_finite, missing
 from rto.seeds import global_torch
 
@@ -120,6 +122,18 @@ def read(world, terms, roles=None, temperature: float = 1.0, budget: int = 10_00
     )  # fmt: skip
     logprobs = torch.zeros(len(LENGTHS), WIDTH)
     return reader.read(world.completions, logprobs, roles["policy"], world.rows)
+
+
+def test_weights_that_the_policy_shares_stay_in_memory(world, monkeypatch):
+    left: list[Any] = []
+    monkeypatch.setattr(signals, "let_go", left.append)
+    apart = roles_of(world)
+    read(world, [TERMINAL, IMPLICIT], apart)
+    assert left == [world.networks[name] for name in ("reference", "guide", "scorer")]
+    left.clear()
+    shared = {name: Role(apart["policy"].backbone, None, role.head) for name, role in apart.items()}
+    read(world, [TERMINAL, IMPLICIT], {**shared, "scorer": apart["scorer"]})
+    assert left == [world.networks["scorer"]]
 
 
 # --- segments -----------------------------------------------------------------------------------------

@@ -46,10 +46,6 @@ class RoomyLayer(DynamicLayer):
         super().batch_select_indices(indices)
         self._buffers = []
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        super().reorder_cache(beam_idx)
-        self._buffers = []
-
     def move(self, sources: Int[Tensor, " N"], places: Int[Tensor, " N"], rows: int) -> None:
         """Put the rows ``sources`` at ``places``, then keep the first ``rows``."""
         filled = self.get_seq_length()

@@ -94,13 +94,13 @@ class Reader:
         if not cut or heat != 1.0:
             same = policy is self.reference and heat == 1.0
             parts["reference"] = logprobs if same else token_logprobs(self.reference, c, self.budget, heat)
-        let_go(self.reference.backbone.network)  # before the next role comes into memory
+        _leave(self.reference, policy)  # before the next role comes into memory
         if self.moving is not None:
             parts["moving"] = token_logprobs(self.moving, c, self.budget, heat)
         if "guide" in needs:
             assert self.guide is not None
             parts["guide"] = token_logprobs(self.guide, c, self.budget, heat)
-            let_go(self.guide.backbone.network)
+            _leave(self.guide, policy)
         if self.scorer is not None:
             parts |= self._scored(self.scorer, c, entropy, prompts)
         if "attention" in needs:
@@ -111,7 +111,7 @@ class Reader:
             else:
                 parts["attention"] = attention_weights(reader, c, options["reading"], self.budget)
         if self.scorer is not None and isinstance(self.scorer.role, Role):
-            let_go(self.scorer.role.backbone.network)
+            _leave(self.scorer.role, policy)
         if needs & {"sentence_ends", *EXTERNAL}:
             parts |= self._of_text(c, prompts)
         return parts
@@ -233,3 +233,9 @@ def tokens_of(encoder: Encoder, completions: Completions, row: int) -> list[str]
     """The text of each response token, special ones included."""
     ids = completions.ids[row][completions.mask[row]].tolist()
     return [str(encoder.tokenizer.decode([token])) for token in ids]
+
+
+def _leave(role: Role, policy: Role) -> None:
+    """The pages of a frozen role leave memory until its next turn, unless it shares them with the policy."""
+    if role.backbone is not policy.backbone:
+        let_go(role.backbone.network)
