@@ -18,8 +18,9 @@ help:
 quickstart: .venv/.installed
 	.venv/bin/rto run recipes/tiny.toml
 
+# A file of tests is one process's, and four processes at most, as each holds a torch. PYTEST_ARGS="-n 0": one process.
 test: .venv/.installed-dev
-	.venv/bin/python -m pytest $(PYTEST_ARGS)
+	.venv/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 faults: .venv/.installed-dev
 	RTO_FAULT_KILLS=30 .venv/bin/python -m pytest -s tests/faults $(PYTEST_ARGS)

@@ -7,6 +7,8 @@ import os
 import sys
 from typing import Any
 
+import torch
+
 from rto.cli import main
 from rto.models.role import Role
 
@@ -24,4 +26,7 @@ def wrong(role: Role, completions: Any, *rest: Any, **more: Any) -> Any:
 
 
 Role.logprobs = wrong  # type: ignore[method-assign]
-sys.exit(main(sys.argv[1:]))
+code = main(sys.argv[1:])
+if torch.distributed.is_initialized():
+    sys.exit("main left the process group open: at exit gloo's threads can abort the process")
+sys.exit(code)

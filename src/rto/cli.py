@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code = _do(arguments)
         sys.stdout.flush()  # a closed pipe shows here, not when Python exits
+        _leave_group()
         return code
     except ValueError as error:
         print(f"rto: {error}", file=sys.stderr)
@@ -57,10 +58,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if stopped is None or not isinstance(error, stopped.Stopped):
             raise
         print(f"rto: {error}", file=sys.stderr)
+        _leave_group()
         return int(error.code)
     except KeyboardInterrupt:
         print("rto: interrupted; the same command goes on with the first stage that is not finished", file=sys.stderr)
         return 130
+
+
+def _leave_group() -> None:
+    """At the end of what all processes end alike; one that failed goes at once, as the others may wait for it."""
+    runtime = sys.modules.get("rto.models.runtime")
+    if runtime is not None:
+        runtime.leave_group()
 
 
 def _do(arguments: list[str]) -> int:

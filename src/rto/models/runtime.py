@@ -106,6 +106,13 @@ class Runtime:
             self.accelerator.end_training()
 
 
+def leave_group() -> None:
+    """At the end of a process: part from the others while Python is whole. Otherwise gloo's threads, which may still
+    hold a tensor, want Python's lock when it is gone, and the process that did all its work ends with SIGABRT."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 MAPPED = 2**25  # bytes from which a block is the system's own and goes back to it when it is freed
 
 
