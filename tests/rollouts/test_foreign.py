@@ -19,6 +19,7 @@ from rto.models.runtime import Runtime
 from rto.rollouts.attention import attention_weights
 from rto.rollouts.foreign import ForeignScorer
 from rto.rollouts.score import sentence_scores, token_values
+from rto.rollouts.signals import Reader, Scorer
 
 CHATML = (
     "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
@@ -84,7 +85,7 @@ ROWS = [replace(row, prompt=talk) for row, talk in zip(BARE, TALKS, strict=True)
 
 
 def foreign(tokenizer: hf.PreTrainedTokenizerFast, policy: Encoder = POLICY, **options) -> ForeignScorer:
-    return ForeignScorer(scorer_role(tokenizer, options.pop("positions", 512)), tokenizer, policy, BIG, **options)
+    return ForeignScorer(scorer_role(tokenizer, options.pop("positions", 512)), tokenizer, policy, **options)
 
 
 def completions(encoder: Encoder = POLICY, cut: tuple[int, ...] = ()) -> Completions:
@@ -117,14 +118,14 @@ def plain(judge: ForeignScorer, row: int, cut: bool = False) -> tuple[Tensor, li
 def test_a_scorer_with_the_policys_tokenizer_reads_as_ever():
     judge, given = foreign(POLICY.tokenizer), completions(cut=(0,))
     scores = sentence_scores(judge.role, given, BIG)
-    torch.testing.assert_close(judge.scores(given, ROWS), scores)
-    torch.testing.assert_close(judge.token_scores(given, ROWS), token_values(judge.role, given, BIG))
-    assert judge.misaligned == 0.0
+    torch.testing.assert_close(judge.scores(given, ROWS, BIG), scores)
+    torch.testing.assert_close(judge.token_scores(given, ROWS, BIG), token_values(judge.role, given, BIG))
+    assert judge.moved == 0.0
     for reading in ("last", "mean"):
         expected = attention_weights(judge.role, given, reading, BIG)
-        torch.testing.assert_close(judge.attention(given, ROWS, reading), expected)
-        assert judge.misaligned == 0.0
-    torch.testing.assert_close(judge.scores(given, BARE), scores)  # here the text of the prompts says the same
+        torch.testing.assert_close(judge.attention(given, ROWS, reading, BIG), expected)
+        assert judge.moved == 0.0
+    torch.testing.assert_close(judge.scores(given, BARE, BIG), scores)  # here the text of the prompts says the same
 
 
 # --- another one --------------------------------------------------------------------------------------
@@ -135,7 +136,7 @@ OTHERS = [metaspace(), byte_level(286, LLAMA2), byte_level(264, CHATML)]
 def check_misaligned(judge: ForeignScorer) -> None:
     """Tokens that are parts of the policy's tokens never lie across a border."""
     finer = judge.encoder.tokenizer is OTHERS[2]
-    assert judge.misaligned == 0 if finer else 0 < judge.misaligned < 1
+    assert judge.moved == 0 if finer else 0 < judge.moved < judge.mass
 
 
 @pytest.mark.parametrize("tokenizer", OTHERS, ids=["metaspace", "coarser", "finer"])
@@ -144,7 +145,7 @@ def test_scores_are_those_of_the_scorers_own_chat(tokenizer, cut):
     judge = foreign(tokenizer)
     given = completions(cut=(0, 1, 2) if cut else ())
     expected = torch.stack([plain(judge, row, cut)[0][-1] for row in range(3)])
-    torch.testing.assert_close(judge.scores(given, ROWS), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(judge.scores(given, ROWS, BIG), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("tokenizer", OTHERS, ids=["metaspace", "coarser", "finer"])
@@ -152,7 +153,7 @@ def test_scores_are_those_of_the_scorers_own_chat(tokenizer, cut):
 def test_token_scores_are_read_where_the_policys_tokens_end(tokenizer, cut):
     judge = foreign(tokenizer)
     given = completions(cut=(0, 1, 2) if cut else ())
-    found = judge.token_scores(given, ROWS)
+    found = judge.token_scores(given, ROWS, BIG)
     assert found.shape == given.ids.shape and (found[~given.mask] == 0).all()
     check_misaligned(judge)
     for row in (0, 2):  # without characters of several bytes, whose spans are another test's
@@ -170,7 +171,7 @@ def test_token_scores_are_read_where_the_policys_tokens_end(tokenizer, cut):
 @pytest.mark.parametrize("reading", ["last", "mean"])
 def test_attention_stays_a_share(tokenizer, reading):
     judge, given = foreign(tokenizer), completions(cut=(1,))
-    found = judge.attention(given, ROWS, reading)
+    found = judge.attention(given, ROWS, reading, BIG)
     torch.testing.assert_close(found.sum(-1), torch.ones(3))
     assert (found >= 0).all() and (found[~given.mask] == 0).all()
     check_misaligned(judge)
@@ -178,9 +179,9 @@ def test_attention_stays_a_share(tokenizer, reading):
 
 def test_rows_are_the_same_alone():
     judge, given = foreign(metaspace()), completions()
-    together = judge.token_scores(given, ROWS)
+    together = judge.token_scores(given, ROWS, BIG)
     for row in range(3):
-        alone = judge.token_scores(given.rows(torch.tensor([row])), [ROWS[row]])
+        alone = judge.token_scores(given.rows(torch.tensor([row])), [ROWS[row]], BIG)
         torch.testing.assert_close(alone[0], together[row], atol=1e-5, rtol=0)
 
 
@@ -188,8 +189,8 @@ def test_without_conversations_the_scorer_reads_the_policys_template():
     judge, given = foreign(metaspace()), completions()
     assert "<|start|>user" in BARE[0].text
     spelled = [replace(row, prompt=row.text) for row in BARE]
-    torch.testing.assert_close(judge.scores(given, BARE), judge.scores(given, spelled))
-    assert (judge.scores(given, BARE) - judge.scores(given, ROWS)).abs().max() > 1e-3
+    torch.testing.assert_close(judge.scores(given, BARE, BIG), judge.scores(given, spelled, BIG))
+    assert (judge.scores(given, BARE, BIG) - judge.scores(given, ROWS, BIG)).abs().max() > 1e-3
 
 
 def test_the_space_before_an_answer_belongs_to_the_template():
@@ -197,9 +198,9 @@ def test_the_space_before_an_answer_belongs_to_the_template():
     spaced = Encoder(byte_level(272, None), 200, 200)
     assert spaced.decode(spaced.answer(TALKS[0], "the cat")[0]) == " the cat"
     judge = foreign(OTHERS[2], spaced)
-    found = judge.scores(completions(spaced), ROWS)
-    torch.testing.assert_close(found, foreign(OTHERS[2]).scores(completions(), ROWS))
-    assert judge.token_scores(completions(spaced), ROWS).isfinite().all()
+    found = judge.scores(completions(spaced), ROWS, BIG)
+    torch.testing.assert_close(found, foreign(OTHERS[2]).scores(completions(), ROWS, BIG))
+    assert judge.token_scores(completions(spaced), ROWS, BIG).isfinite().all()
 
 
 def test_an_answer_without_words():
@@ -207,9 +208,9 @@ def test_an_answer_without_words():
     judge = foreign(metaspace())
     special = POLICY.tokenizer.convert_tokens_to_ids("<s>")
     given = collate_completions([ROWS[0].ids] * 2, [[POLICY.end], [special]], [True, False], POLICY.pad)
-    scores = judge.scores(given, ROWS[:1] * 2)
-    torch.testing.assert_close(judge.token_scores(given, ROWS[:1] * 2)[:, 0], scores)
-    assert judge.attention(given, ROWS[:1] * 2, "last").tolist() == [[1.0], [1.0]]
+    scores = judge.scores(given, ROWS[:1] * 2, BIG)
+    torch.testing.assert_close(judge.token_scores(given, ROWS[:1] * 2, BIG)[:, 0], scores)
+    assert judge.attention(given, ROWS[:1] * 2, "last", BIG).tolist() == [[1.0], [1.0]]
 
 
 def test_an_end_token_that_is_spelled_out_ends_the_answer():
@@ -218,9 +219,9 @@ def test_an_end_token_that_is_spelled_out_ends_the_answer():
     ids += POLICY.tokenizer("> the dog", add_special_tokens=False)["input_ids"]
     short = POLICY.answer(TALKS[0], "the cat")[0]
     given = collate_completions([ROWS[0].ids] * 2, [[*ids, POLICY.end], short], [True, True], POLICY.pad)
-    scores = judge.scores(given, ROWS[:1] * 2)
+    scores = judge.scores(given, ROWS[:1] * 2, BIG)
     torch.testing.assert_close(scores[0], scores[1])
-    assert judge.token_scores(given, ROWS[:1] * 2).isfinite().all()
+    assert judge.token_scores(given, ROWS[:1] * 2, BIG).isfinite().all()
 
 
 # --- spans --------------------------------------------------------------------------------------------
@@ -260,6 +261,31 @@ def test_spans_of_bytes_by_hand():
     assert judge._spans([]) == []
 
 
+# --- passes -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("term", "read", "readings"),
+    [
+        ({"type": "terminal"}, "scores", 1),
+        ({"type": "segment"}, "segments", 1),
+        ({"type": "attention", "reader": "scorer", "reading": "last"}, "attention", 2),  # and the scores
+    ],
+)
+def test_a_pass_is_as_large_as_the_reader_has_it_now(term, read, readings):
+    """A lack of memory halves the reader's budget: the same answers are read in smaller passes."""
+    judge, given, passes = foreign(OTHERS[0]), completions(), []
+    judge.role.backbone.network.model.register_forward_pre_hook(lambda *_: passes.append(1))
+    reader = Reader([term], judge.role, POLICY, BIG, scorer=Scorer(judge))
+    found = []
+    for budget, rows in ((BIG, 3), (1, 1)):  # rows of a pass; one at least
+        passes.clear()
+        reader.budget = budget
+        found.append(reader.read(given, torch.zeros(given.ids.shape), judge.role, ROWS)[read])
+        assert len(passes) == readings * 3 / rows
+    torch.testing.assert_close(*found)
+
+
 # --- limits and refusals ------------------------------------------------------------------------------
 
 
@@ -270,12 +296,12 @@ def test_a_long_prompt_loses_its_beginning_but_not_its_bos():
     widths = (own.prompt.mask.sum(-1) + own.lengths).tolist()
     assert max(widths) == 24
     assert (own.prompt.ids[0][own.prompt.mask[0]][0]) == tokenizer.bos_token_id
-    assert judge.token_scores(completions(), ROWS).isfinite().all()
+    assert judge.token_scores(completions(), ROWS, BIG).isfinite().all()
 
 
 def test_an_answer_over_the_limit_is_an_error():
     with pytest.raises(ValueError, match="an answer has .* tokens for the scorer judge, which reads 5 with the prompt"):
-        foreign(metaspace(), limit=5).scores(completions(), ROWS)
+        foreign(metaspace(), limit=5).scores(completions(), ROWS, BIG)
 
 
 def test_open_reads_a_folder(tmp_path: Path):
@@ -285,8 +311,8 @@ def test_open_reads_a_folder(tmp_path: Path):
     tokenizer.save_pretrained(tmp_path)
     judge = ForeignScorer.open(str(tmp_path), POLICY, Runtime("cpu"), BIG)
     assert not any(p.requires_grad for p in judge.role.parameters())
-    expected = foreign(tokenizer).token_scores(completions(), ROWS)
-    torch.testing.assert_close(judge.token_scores(completions(), ROWS), expected)
+    expected = foreign(tokenizer).token_scores(completions(), ROWS, BIG)
+    torch.testing.assert_close(judge.token_scores(completions(), ROWS, BIG), expected)
 
 
 def test_an_adapter_is_refused(tmp_path: Path):
@@ -301,4 +327,4 @@ def test_a_slow_tokenizer_is_refused():
             return {"a": 0}
 
     with pytest.raises(ValueError, match="judge: .* needs a fast tokenizer"):
-        ForeignScorer(scorer_role(metaspace()), Slow(), POLICY, BIG)
+        ForeignScorer(scorer_role(metaspace()), Slow(), POLICY)

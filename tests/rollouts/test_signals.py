@@ -197,7 +197,7 @@ def test_the_sentence_score_of_a_segment_scorer_is_the_mean_at_its_ends(world, c
     mean = torch.stack([raw[row, at].mean() for row, at in enumerate(ends)])
     assert_close(found["scores"], (mean - 0.7) / 2.5, atol=1e-5, rtol=0)
     roles = roles_of(world)
-    trained = SegmentScorer(roles["scorer"], roles["reference"], cutoff).scores(world.completions)
+    trained = SegmentScorer(roles["scorer"], roles["reference"] if cutoff else None, cutoff).scores(world.completions)
     assert_close(found["scores"], (trained - 0.7) / 2.5, atol=1e-5, rtol=0)  # what its training reads
     assert_close(found["segments"], read(world, [SEGMENT], cutoff=cutoff, normaliser=LINES)["segments"])
 
@@ -233,6 +233,7 @@ def test_guide_reference_and_moving_reference_are_read_at_the_policys_temperatur
         ([TERMINAL], {"cutoff": 0.5}, {"reference": 1, "scorer": 1}),  # one pass gives log-probs and entropy
         ([SEGMENT, TERMINAL], {"cutoff": 0.5}, {"reference": 1, "scorer": 1}),
         ([SEGMENT], {"cutoff": 0.5, "temperature": 2.0}, {"reference": 2, "scorer": 1}),  # another for the cuts
+        ([SEGMENT, TERMINAL], {"cutoff": 0.0, "temperature": 2.0}, {"reference": 1, "scorer": 1}),  # cuts everywhere
         ([IMPLICIT], {"cutoff": 0.5, "temperature": 2.0}, {"reference": 1, "guide": 1}),  # nobody reads the scorer
         ([SEGMENT], {"cutoff": None, "temperature": 2.0}, {"reference": 1, "scorer": 1}),
         ([IMPLICIT, TERMINAL], {}, {"reference": 1, "guide": 1, "scorer": 1}),

@@ -13,9 +13,11 @@ from rto.segments import segment_ends
 
 
 class SegmentScorer(Role):
-    """``role`` with the segments that ``reference``'s entropy cuts at ``cutoff`` (nats; 0: every token)."""
+    """``role`` with the segments that ``reference``'s entropy cuts at ``cutoff`` (nats). At 0, where every token is a
+    segment, no reference is read."""
 
-    def __init__(self, role: Role, reference: Role, cutoff: float) -> None:
+    def __init__(self, role: Role, reference: Role | None, cutoff: float) -> None:
+        assert reference is not None or cutoff == 0
         super().__init__(role.backbone, role.adapter, role.head)
         self.reference = reference
         self.cutoff = cutoff
@@ -26,9 +28,11 @@ class SegmentScorer(Role):
         Raises:
             NotFinite: the reference, whose entropy cuts the segments, says no numbers.
         """
-        with torch.no_grad():  # first, while no activations of the scorer are held
-            logprobs, entropy = self.reference.logprobs(completions)
-        require_finite(logprobs, "reference", "log-prob")
+        entropy = torch.zeros(completions.ids.shape, device=completions.ids.device)
+        if self.reference is not None:
+            with torch.no_grad():  # first, while no activations of the scorer are held
+                logprobs, entropy = self.reference.logprobs(completions)
+            require_finite(logprobs, "reference", "log-prob")
         ends = segment_ends(entropy, completions.mask, completions.finished, self.cutoff)
         return mean_at_ends(self.token_scores(completions), ends, completions.mask)
 

@@ -22,6 +22,7 @@ from rto.models.trunk import TrunkCritic
 from rto.pipeline.resolve import terms_of
 from rto.policy import LOSSES, is_pairwise
 from rto.policy.rollout import prompts_of
+from rto.policy.train import planned
 from rto.policy.update import Buffer, Learner, update
 from rto.rollouts.attention import attention_weights
 from rto.rollouts.generate import read_prompts
@@ -56,18 +57,12 @@ def heaviest(
     return [row for group in best for row in group], math.ceil(wanted / training.batch)
 
 
-def iterations(policy: Policy, prompts: int) -> int:
-    """Of :func:`rto.policy.train.train`."""
-    wanted = max(1, math.ceil(policy.epochs * prompts * policy.group / policy.rollouts))
-    return min(wanted, policy.max_steps or wanted)
-
-
 def asked_prompts(policy: Policy, rows: Rows, seed: int) -> list[list[int]]:
     """As many prompts as an iteration asks, the longest of all that RL asks (of 50 iterations, if there are more)."""
     count = policy.rollouts // policy.group
     asked = [
         row.ids
-        for i in range(min(50, iterations(policy, len(rows.prompts))))
+        for i in range(min(50, planned(policy, len(rows.prompts), critic=False)))
         for row in prompts_of(rows.prompts, count, i, seed)
         for _ in range(policy.group)
     ]

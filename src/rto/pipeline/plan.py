@@ -15,8 +15,9 @@ from rto.data.rows import Rows
 from rto.pipeline.checks import Check, checks
 from rto.pipeline.job import Job
 from rto.pipeline.memory_plan import StageMemory
-from rto.pipeline.resolve import resolve, segment_scorers, terms_of
+from rto.pipeline.resolve import check_stages, resolve, segment_scorers, terms_of
 from rto.pipeline.sizing import Sizing, sizing
+from rto.policy.train import planned, reads_values
 from rto.preferences import PREFERENCE_LOSSES
 from rto.preferences.train import reads_groups
 
@@ -48,6 +49,7 @@ def make_plan(config: Config, stages: Sequence[str] | None = None) -> Plan:
         ValueError: as a run would, for a recipe or data that it refuses.
     """
     config = resolve(config)
+    check_stages(config, stages or config.stages)
     job = Job(config, quiet=True)
     rows, wanted = job.rows, list(stages or config.stages)
     told = _stages(config, rows, wanted)
@@ -192,8 +194,7 @@ def _stages(config: Config, rows: Rows, stages: Sequence[str]) -> list[str]:
     if "rl" in stages:
         for name, policy in config.policies().items():
             terms = terms_of(policy)
-            iterations = max(1, math.ceil(policy.epochs * len(rows.prompts) * policy.group / policy.rollouts))
-            iterations = min(iterations, policy.max_steps or iterations)
+            iterations = planned(policy, len(rows.prompts), reads_values(policy), where=f"rl/{name}")
             listed = " + ".join(
                 term["type"] + "(" + ", ".join(f"{k} {v:g}" for k, v in term.items() if isinstance(v, float)) + ")"
                 for term in rewards.live(terms)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,22 @@ def resolve(config: Config) -> Config:
     )
 
 
+def check_stages(config: Config, stages: Sequence[str]) -> None:
+    """Refuse stages that the recipe cannot do, before anything is done.
+
+    Raises:
+        ValueError: naming the key and the remedy.
+    """
+    if "sft" in stages and "sft" not in config.stages:
+        raise ValueError("the recipe's stages leave sft out, so its model is the reference: add 'sft' to stages first")
+    oracle, data = config.evaluation.oracle, config.data
+    if "evaluate" in stages and oracle.type == "heldout" and data.type == "files" and data.oracle == 0:
+        raise ValueError(
+            "evaluation.oracle.type = 'heldout' needs pairs of its own, and data.oracle is 0: set data.oracle, say to "
+            "0.2, choose another evaluation.oracle, or leave evaluate out of stages"
+        )
+
+
 def _where(stage: str) -> str:
     """The table of the recipe that a stage is told in."""
     kind, _, name = stage.partition("/")
@@ -82,6 +98,10 @@ def guide_names(config: Config) -> dict[str, str]:
         ValueError: two policies of the recipe have the same name.
     """
     names = {str(config.prefer.loss.get("type", "dpo")): "prefer"}  # it may not be known yet whether that is a loss
+    for name in config.policies():
+        if name in names or name == "sft":
+            other = "the reference" if name == "sft" else "the guide of [prefer], after its loss,"
+            raise ValueError(f"baselines.{name}: {other} has this name: give it another")
     for name in config.guides:
         if name in names or name in config.policies() or name == "sft":
             raise ValueError(f"guides.{name}: another policy of the recipe has this name: give it another")
@@ -131,6 +151,12 @@ def check_policy(config: Config, policy: Policy, terms: list[Spec], where: str) 
             raise ValueError(f"{where}.loss compares two answers to a prompt: set {where}.group = 2")
         if policy.kl.place == "loss":
             raise ValueError(f"{where}.loss has the KL inside: set {where}.kl.place = 'reward'")
+        if policy.kl.estimator != "k1":
+            raise ValueError(f"{where}.loss has the KL of the log-ratio inside: set {where}.kl.estimator = 'k1'")
+        for key in ("whiten", "advantage_clip"):
+            if getattr(policy, key) is not None:
+                remedy = "leave it out, or set it to 'none' where it is inherited"
+                raise ValueError(f"{where}.loss compares two answers and has no advantages for {where}.{key}: {remedy}")
     estimator = ADVANTAGES.get(policy.advantage.get("type", "gae"))
     if policy.advantage.get("type") == "remax" and (
         policy.reward_scaling is not None or policy.reward_clip is not None

@@ -93,10 +93,11 @@ def draw(
         gone |= found["missing"].repeat_interleave(config.group)
     lost = int(gone.sum())
     if lost == len(gone) or lost / len(gone) > config.max_missing:
+        failures = [failure for failure in runtime.gather_all(reader.failure) if failure]
         most = "not one is left" if lost == len(gone) else f"more than policy.max_missing = {config.max_missing} allows"
         raise ValueError(
             f"iteration {iteration + 1}: {lost} of {len(gone)} answers have no reward, {most}: see to what gives "
-            f"the rewards ({', '.join(EXTERNAL)})" + (f". {reader.failure}" if reader.failure else "")
+            f"the rewards ({', '.join(EXTERNAL)})" + "".join(f". {failure}" for failure in failures[:1])
         )
     keep = (~gone).nonzero().squeeze(-1)
     parts = {name: part[keep] for name, part in parts.items()}

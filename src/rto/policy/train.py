@@ -33,7 +33,7 @@ from rto.policy.kl import KlController
 from rto.policy.metrics import reward_metrics
 from rto.policy.rollout import Draw, draw
 from rto.policy.scaling import RunningMoments, scale_rewards
-from rto.policy.update import SKIPPED, Buffer, Learner, update
+from rto.policy.update import SKIPPED, Buffer, Learner, policy_learns, update
 from rto.report.log import RunLog
 from rto.rollouts.signals import Reader
 
@@ -54,6 +54,28 @@ class RlState:
 def reads_values(config: Policy) -> bool:
     """Whether this policy needs a critic."""
     return not is_pairwise(LOSSES[config.loss["type"]]) and "values" in _wanted(config)
+
+
+def planned(config: Policy, prompts: int, critic: bool, processes: int = 1, where: str = "policy") -> int:
+    """The iterations that ``prompts`` prompts make. ``critic``: one is trained.
+
+    Raises:
+        ValueError: none is left to the policy, or a process would have no answer to make.
+    """
+    iterations = max(1, math.ceil(config.epochs * prompts * config.group / config.rollouts))
+    iterations = min(iterations, config.max_steps or iterations)
+    if critic and config.critic.warmup >= iterations:
+        raise ValueError(
+            f"{where}: critic.warmup = {config.critic.warmup} leaves none of the {iterations} iterations to the policy, "
+            "which would stay as it is: lower it, or raise epochs or max_steps"
+        )
+    shared = config.rollouts // (config.group if "greedy" in _wanted(config) else 1)
+    if shared < processes:
+        raise ValueError(
+            f"{where}: an iteration of rollouts = {config.rollouts} has {shared} rows for {processes} processes to share: "
+            "raise rollouts, or start fewer processes"
+        )
+    return iterations
 
 
 def train(
@@ -80,17 +102,15 @@ def train(
 
     Raises:
         NotFinite: without a saver, or where the saver gives up; it names role, data row and token.
-        ValueError: as :func:`~rto.policy.rollout.draw`.
+        ValueError: as :func:`planned` and :func:`~rto.policy.rollout.draw`.
     """
-    iterations = max(1, math.ceil(config.epochs * len(prompts) * config.group / config.rollouts))
-    if config.max_steps:
-        iterations = min(iterations, config.max_steps)
+    iterations = planned(config, len(prompts), critic is not None, runtime.world, stage)
     a_step = config.updates * (config.rollouts // config.batch)
     critic_optimizer, warmup = None, 0
     if critic is not None:
         critic_optimizer = Optimizer(critic.parameters(), config, config.critic.lr, iterations * a_step)
         warmup = config.critic.warmup
-    steps = max(1, iterations - warmup) * a_step
+    steps = (iterations - warmup) * a_step
     state = RlState(
         Optimizer(policy.parameters(), config, config.lr, steps),
         critic_optimizer,
@@ -219,11 +239,12 @@ def _learn(
 
     coef = state.controller.coef
     found = update(learner, buffer, config, coef, state.iteration, seed, runtime, met)
-    state.controller.update(metrics["kl" if config.kl.unit == "sequence" else "kl_per_token"], len(drawn.asked))
+    if policy_learns(learner.critic, config, state.iteration):  # before, KL says nothing of its coefficient
+        state.controller.update(metrics["kl" if config.kl.unit == "sequence" else "kl_per_token"], len(drawn.asked))
     if reader.moving is not None:
         assert config.kl.ema is not None
         ema_update(list(reader.moving.parameters()), list(learner.policy.parameters()), config.kl.ema)
-    return found | {"kl_coef": coef, "missing": drawn.missing / config.rollouts, **reader.measures()}
+    return found | {"kl_coef": coef, "missing": drawn.missing / config.rollouts, **reader.measures(runtime.sum)}
 
 
 def _moving(learner: Learner, follower: Role | None, state: RlState) -> Moving:

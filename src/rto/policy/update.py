@@ -111,7 +111,7 @@ def update(
     pairwise = is_pairwise(LOSSES[config.loss["type"]])
     units = _pairs(buffer) if pairwise else [[i] for i in range(len(buffer))]
     size = config.batch // len(units[0]) if units else 1
-    learns = learner.critic is None or iteration >= config.critic.warmup  # the policy
+    learns = policy_learns(learner.critic, config, iteration)
     apart = learner.critic is not None and not (learns and learner.trunk_critic is not None)  # the critic's pass
     for epoch in range(config.updates):
         order = shuffled(len(units), seed, "minibatches", iteration, epoch)
@@ -125,6 +125,7 @@ def update(
                 step = _pairwise_step if pairwise else _tokenwise_step
                 work = partial(step, learner, rows, config, kl_coef, runtime, fresh, draw if config.ptx else None)
                 metrics |= _tried(work, rows, learner.policy_step, met)
+            skipped += metrics.pop(SKIPPED, 0.0)
             if apart:
                 work = partial(_critic_step, learner, rows, config, runtime)
                 metrics |= _tried(work, rows, learner.critic_step, met)
@@ -140,6 +141,11 @@ def update(
         found = explained_variance(buffer.values, buffer.returns, buffer.completions.mask)
         means["value/explained_variance"] = found.item()
     return means
+
+
+def policy_learns(critic: Role | None, config: Policy, iteration: int) -> bool:
+    """Not in the first ``config.critic.warmup`` iterations, where there is a critic."""
+    return critic is None or iteration >= config.critic.warmup
 
 
 def _tried(work: Callable[[], Sums], rows: Buffer, together: Together, met: Callable[[NotFinite], None]) -> Sums:

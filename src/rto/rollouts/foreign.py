@@ -39,9 +39,9 @@ class ForeignScorer:
 
     It sees the conversations that the prompts were made of under its own chat template. Of a prompt without one it
     sees the text, with the policy's template spelled out, which it was hardly trained on. An answer that ended by
-    itself ends with the scorer's own end token; one that was cut has none. ``policy`` is the policy's encoder,
-    ``budget`` in padded tokens of one pass. ``limit`` is in the scorer's tokens, by default its positions: longer
-    prompts lose their beginning. ``misaligned`` is the share of the absolute mass of the last token readings that lay
+    itself ends with the scorer's own end token; one that was cut has none. ``policy`` is the policy's encoder.
+    ``limit`` is in the scorer's tokens, by default its positions: longer prompts lose their beginning. The ``budget``
+    of a reading is in padded tokens of one pass. ``moved`` is how much of ``mass``, the absolute mass of the last token readings, lay
     across the borders of tokens (see :mod:`rto.rewards.carry`).
 
     Raises:
@@ -50,18 +50,17 @@ class ForeignScorer:
     """
 
     def __init__(
-        self, role: Role, tokenizer: PreTrainedTokenizerBase, policy: Encoder, budget: int, limit: int | None = None
+        self, role: Role, tokenizer: PreTrainedTokenizerBase, policy: Encoder, limit: int | None = None
     ) -> None:
         self.source = role.backbone.source
         if not tokenizer.is_fast:
             raise ValueError(f"{self.source}: a scorer with a vocabulary of its own needs a fast tokenizer")
         self.role = role
         self.policy = policy
-        self.budget = budget
         settings = role.backbone.network.config.get_text_config()
         self.limit = limit or getattr(settings, "max_position_embeddings", None) or 2**31
         self.encoder = Encoder(tokenizer, self.limit, self.limit)
-        self.misaligned = 0.0
+        self.moved = self.mass = 0.0
         self._anchor = policy.tokenizer("a", add_special_tokens=False)["input_ids"]
         self._pieces: dict[tuple[int, ...], str] = {}
 
@@ -76,19 +75,19 @@ class ForeignScorer:
             raise ValueError(f"{folder} is an adapter: merge it into its base model to score for another tokenizer")
         tokenizer = load_tokenizer(folder)
         shop = Workshop(recipe.Pretrained(name=folder), folder, tokenizer, runtime, seed=0)  # nothing is drawn
-        return cls(shop.open_scorer(folder, "scorer", None, trained=False), tokenizer, policy, budget)
+        return cls(shop.open_scorer(folder, "scorer", None, trained=False), tokenizer, policy)
 
     # --- readings ---------------------------------------------------------------------------------------
 
-    def scores(self, completions: Completions, prompts: Sequence[PromptRow]) -> Float[Tensor, " B"]:
+    def scores(self, completions: Completions, prompts: Sequence[PromptRow], budget: int) -> Float[Tensor, " B"]:
         """The scorer at each answer's last token."""
         own, _, _ = self._translated(completions, prompts)
-        return sentence_scores(self.role, own, self.budget)
+        return sentence_scores(self.role, own, budget)
 
-    def token_scores(self, completions: Completions, prompts: Sequence[PromptRow]) -> Float[Tensor, "B T"]:
+    def token_scores(self, completions: Completions, prompts: Sequence[PromptRow], budget: int) -> Float[Tensor, "B T"]:
         """The scorer where each of the policy's tokens ends: at the first of its own that ends there or later."""
         own, theirs, ours = self._translated(completions, prompts)
-        values = token_values(self.role, own, self.budget)
+        values = token_values(self.role, own, budget)
         return self._back(completions, values, theirs, ours, lambda v, f, t: at_ends(v, f, [end for _, end in t]))
 
     def attention(
@@ -96,10 +95,11 @@ class ForeignScorer:
         completions: Completions,
         prompts: Sequence[PromptRow],
         reading: Reading,
+        budget: int,
     ) -> Float[Tensor, "B T"]:
         """The scorer's :func:`~rto.rollouts.attention.attention_weights` as shares of the policy's tokens: sum 1."""
         own, theirs, ours = self._translated(completions, prompts)
-        return self._back(completions, attention_weights(self.role, own, reading, self.budget), theirs, ours, carry)
+        return self._back(completions, attention_weights(self.role, own, reading, budget), theirs, ours, carry)
 
     # --- there and back ---------------------------------------------------------------------------------
 
@@ -192,13 +192,12 @@ class ForeignScorer:
     ) -> Float[Tensor, "B T"]:
         """Values at the scorer's tokens as values at the policy's."""
         out = torch.zeros(completions.ids.shape)
-        mass = moved = 0.0
+        self.moved = self.mass = 0.0
         for row, (given, source, target) in enumerate(zip(values.tolist(), theirs, ours, strict=True)):
             carried, share = move(given[: len(source)], source, target)
             weight = sum(map(abs, carried))
-            mass, moved = mass + weight, moved + share * weight
+            self.mass, self.moved = self.mass + weight, self.moved + share * weight
             out[row, completions.mask[row]] = torch.tensor(carried, dtype=torch.float32)
-        self.misaligned = moved / mass if mass else 0.0
         return out
 
 

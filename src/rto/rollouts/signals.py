@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,7 +85,8 @@ class Reader:
     ) -> dict[str, Tensor]:
         """The fields of :class:`~rto.batch.Signals` that the terms need; ``logprobs`` are the policy's own."""
         c, needs, heat = completions, self.needs, self.temperature
-        cut = self.scorer is not None and self.scorer.cutoff is not None and needs & {"scores", "segments"}
+        # At cutoff 0 every token is a segment, whatever the entropy.
+        cut = self.scorer is not None and self.scorer.cutoff and needs & {"scores", "segments"}
         parts = {"mask": c.mask, "finished": c.finished, "logprobs": logprobs}
         entropy = torch.zeros_like(logprobs)
         if cut:
@@ -107,7 +108,7 @@ class Reader:
             options = self._options["attention"]
             reader = policy if options["reader"] == "policy" or self.scorer is None else self.scorer.role
             if isinstance(reader, ForeignScorer):
-                parts["attention"] = reader.attention(c, prompts, options["reading"])
+                parts["attention"] = reader.attention(c, prompts, options["reading"], self.budget)
             else:
                 parts["attention"] = attention_weights(reader, c, options["reading"], self.budget)
         if self.scorer is not None and isinstance(self.scorer.role, Role):
@@ -129,7 +130,7 @@ class Reader:
             return parts
         ends = segment_ends(entropy, c.mask, c.finished, scorer.cutoff)
         if isinstance(role, ForeignScorer):
-            values = role.token_scores(c, prompts)
+            values = role.token_scores(c, prompts, self.budget)
         else:
             values = token_values(role, c, self.budget)
         if "scores" in needs:
@@ -145,7 +146,7 @@ class Reader:
 
     def _sentences(self, role: Role | ForeignScorer, c: Completions, prompts: Sequence[PromptRow]) -> Tensor:
         if isinstance(role, ForeignScorer):
-            return role.scores(c, prompts)
+            return role.scores(c, prompts, self.budget)
         scores = sentence_scores(role, c, self.budget)
         if not scores.isfinite().all():  # at which token they were first
             require_finite(token_values(role, c, self.budget), "scorer", "score")
@@ -182,17 +183,23 @@ class Reader:
             self.failure = said
         self._failures += 1
 
-    def measures(self) -> dict[str, float]:
-        """What is worth logging about the reading since the last time."""
-        found: dict[str, float] = {}
-        if self.scorer is not None and isinstance(self.scorer.role, ForeignScorer):
-            found["scorer_misaligned"] = self.scorer.role.misaligned
+    def measures(self, total: Callable[[dict[str, float]], dict[str, float]]) -> dict[str, float]:
+        """What is worth logging about the reading since the last time. ``total`` sums over the processes
+        (:meth:`rto.models.runtime.Runtime.sum`), each of which reads its own answers."""
+        counts = {"function_failures": float(self._failures)}
+        self._failures = 0
         if "http" in self.needs:
-            found["http_failures"] = float(self._http.failures - self._counted)
+            counts["http_failures"] = float(self._http.failures - self._counted)
             self._counted = self._http.failures
-        if self._failures:
-            found["function_failures"] = float(self._failures)
-            self._failures = 0
+        foreign = self.scorer.role if self.scorer is not None else None
+        if isinstance(foreign, ForeignScorer):
+            counts |= {"moved": foreign.moved, "mass": foreign.mass}
+        found = total(counts)
+        if "mass" in found:
+            moved, mass = found.pop("moved"), found.pop("mass")
+            found["scorer_misaligned"] = moved / mass if mass else 0.0
+        if not found["function_failures"]:
+            del found["function_failures"]
         return found
 
 
