@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from rto import config, recipe
 from rto.advantages import ADVANTAGES
+from rto.cli import overrides
 from rto.data.layouts import answer_of, pair, prompt_of
 from rto.pipeline import run
 from rto.policy import LOSSES
@@ -184,6 +186,23 @@ def test_recipes_in_the_docs_are_valid():
     for block in found:
         table = {"model": model, "data": {"pairs": "prefs.jsonl"}} | tomllib.loads(block)
         recipe.build(table, block)
+
+
+COMMANDS = re.findall(
+    r"\brto (?:run|sft|prefer|reward|rl|evaluate|report|plan) recipes/[^`\n]*",
+    "\n".join(page.read_text(encoding="utf-8") for page in [*PAGES, *sorted((ROOT / "recipes").glob("*.toml"))]),
+)
+
+
+def test_the_readme_has_a_command_for_a_model_of_ones_own():
+    assert any("smollm2-hh" in command and "--model.type pretrained" in command for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", sorted(set(COMMANDS)))
+def test_commands_in_the_docs_are_accepted(command):
+    """Recipe and overrides go together."""
+    words, changes = overrides(shlex.split(command, comments=True)[1:])
+    assert recipe.load(ROOT / words[1], changes)
 
 
 def test_example_rows_are_read():

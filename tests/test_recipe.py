@@ -321,7 +321,7 @@ def test_complete_takes_a_whole_number_for_a_float():
             "here: unknown key scal, did you mean scale?; valid: clip, placement, scale",
         ),
         ({"type": "ppo", "logprobs": 1}, LOSSES, "here: unknown key logprobs; valid: clip"),  # an input, no option
-        ({"type": "dpo", "beta": "big"}, PREFERENCE_LOSSES, "here: beta: Input should be a valid number"),
+        ({"type": "dpo", "beta": "big"}, PREFERENCE_LOSSES, "here: beta: this is no number (given: 'big')"),
         ({"type": "dpo", "beta": None}, PREFERENCE_LOSSES, "here: beta: Input should be a valid number"),
         ({"type": "implicit", "clip": [1]}, TERM_FUNCTIONS, "here: clip: Input should be a valid number"),
     ],

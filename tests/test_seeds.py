@@ -77,3 +77,12 @@ def test_global_torch_puts_back_after_an_error():
         torch.rand(1)
         raise RuntimeError("stop")
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_global_torch_leaves_the_generators_of_gpus_alone(monkeypatch):
+    """They would not be put back."""
+    asked: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", asked.append)
+    with global_torch(3, "head"):
+        torch.randn(4)
+    assert asked == []

@@ -94,6 +94,53 @@ def test_a_nan_on_one_process_is_left_out_by_both(tmp_path):
     assert (found["role"], found["part"], found["token"], len(found["batch"])) == ("policy", "answer", 0, 3)
 
 
+def test_what_one_process_read_of_the_reference_the_other_knows(tmp_path, monkeypatch):
+    """cache_reference: the second epoch deals the rows anew, and no process runs the reference in it."""
+    recipe = tmp_path / "tiny.toml"
+    text = RECIPE.replace("[prefer]", "[prefer]\ncache_reference = true\nepochs = 2")
+    recipe.write_text(text.replace(', "reward", "rl", "evaluate"', ""))
+    monkeypatch.setenv("READS", str(tmp_path))
+    script = str(Path(__file__).with_name("reads_of_two.py"))
+    with two(script, "run", str(recipe), "--output", str(tmp_path / "run"), "--quiet") as process:
+        _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    steps = len(read_metrics(tmp_path / "run", "prefer"))
+    assert steps == 2 * STEPS
+    for part, mine in ((first, 4), (second, 3)):  # of each batch of seven pairs; the held-out ones come last
+        assert part["read"][:STEPS] == [2 * mine] * STEPS and part["read"][STEPS:steps] == [0] * STEPS
+    assert first["known"] == second["known"] and len(first["known"]) == 2 * (35 + 7)
+
+
+MODULE = """
+import os
+def lengths(prompts, answers):
+    with open(f"asked-{os.environ.get('RANK', 'alone')}", "a") as file:
+        file.write("".join(f"{prompt} {answer}\\n" for prompt, answer in zip(prompts, answers)))
+    return [None if len(answer) % 3 == 0 else float(len(answer)) for answer in answers]
+"""
+
+
+def test_each_process_asks_the_oracle_for_its_share(tmp_path, monkeypatch):
+    (tmp_path / "tiny.toml").write_text(RECIPE.replace('"prefer", "reward", "rl", ', ""))
+    (tmp_path / "oracle_that_counts.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)  # where functions are looked for
+
+    def words(name: str) -> list[str]:
+        oracle = '{type = "function", function = "oracle_that_counts:lengths"}'
+        return ["run", "tiny.toml", "--output", name, "--quiet", "--evaluation.oracle", oracle]
+
+    with two("-m", "rto.cli", *words("two")) as process:
+        assert main(words("one")) == 0
+        _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    alone, first, second = (Path(f"asked-{who}").read_text().splitlines() for who in ("alone", 0, 1))
+    assert len(alone) == 7 and (first, second) == (alone[::2], alone[1::2])
+    rows = [Path(name, "evaluation", "answers-sft.jsonl").read_text().splitlines() for name in ("one", "two")]
+    scores = [[json.loads(line)["score"] for line in part] for part in rows]
+    assert scores[0] == scores[1] and None in scores[0]
+
+
 def test_two_processes_equal_one(tmp_path):
     if not torch.distributed.is_gloo_available():
         pytest.skip("this torch has no gloo")

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic import BaseModel, ValidationError, create_model
 
-from rto.config import Config, Policy, Prefer, Reward, Spec
+from rto.config import Config, Policy, Prefer, Reward, Section, Spec
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -128,7 +128,7 @@ def complete(spec: Spec, table: Mapping[str, Callable[..., Any]], where: str) ->
         for key, parameter in inspect.signature(table[name], eval_str=True).parameters.items()
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY
     }
-    model = create_model(name, __config__=ConfigDict(extra="forbid"), **options)  # type: ignore[call-overload]
+    model = create_model(name, __base__=Section, **options)  # type: ignore[call-overload]
     given = {key: value for key, value in spec.items() if key != "type"}
     try:
         return {"type": name, **model.model_validate(given).model_dump()}

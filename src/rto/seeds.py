@@ -34,7 +34,10 @@ def uniforms(n: int, seed: int, *names: str | int) -> torch.Tensor:
 
 @contextlib.contextmanager
 def global_torch(seed: int, *names: str | int) -> Iterator[None]:
-    """Seed torch's global generator for code that draws from nothing else (initialisers), then put it back."""
+    """Seed torch's global generator of the CPU for code that draws from nothing else (initialisers), then put it back.
+
+    Those of GPUs are left alone: models and adapters are made on the CPU and then moved.
+    """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive(seed, *names))
+        torch.default_generator.manual_seed(derive(seed, *names))
         yield

@@ -276,3 +276,13 @@ def test_answers_without_tokens_are_rejected():
     out = encode_answers(coder, Loaded("f", [TextAnswer(1, "p", "</s>"), TextAnswer(2, "p", "a")]))
     assert [row.row for row in out.rows] == [2]
     assert [(bad.row, bad.reason) for bad in out.rejected] == [(1, "empty_answer")]
+
+
+def test_a_prompt_is_rendered_once(monkeypatch):
+    tokenizer = letters(CHATML, eos_token="<|im_end|>")
+    coder, rendered = encoder(tokenizer), []
+    plain = tokenizer.apply_chat_template
+    monkeypatch.setattr(tokenizer, "apply_chat_template", lambda *a, **k: rendered.append(1) or plain(*a, **k))
+    (row,) = encode_pairs(coder, Loaded("f", [TextPair(1, TALK, "a", "b", 0.0)])).rows
+    assert len(rendered) == 1
+    assert row.prompt == coder.prompt(TALK) and spelled(coder, row.prompt) == row.prompt_text == coder.text(TALK)

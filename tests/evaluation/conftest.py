@@ -42,6 +42,7 @@ class JudgeServer(ThreadingHTTPServer):
         self.retry_after: str | None = None
         self.refusal = '{"error": {"message": "not now"}}'
         self.top: list[dict[str, Any]] | None = None
+        self.model = "stub-7b"  # as replies name it
         self.delay = 0.0
         self.asked: list[dict[str, Any]] = []
         self.authorization: list[str] = []
@@ -89,7 +90,7 @@ class Handler(BaseHTTPRequestHandler):
         choice |= {"finish_reason": "stop", "logprobs": None}
         if mine.top is not None:
             choice["logprobs"] = {"content": [{"token": "m", "logprob": -0.1, "top_logprobs": mine.top}]}
-        whole = json.dumps({"id": "1", "object": "chat.completion", "model": "stub-7b", "choices": [choice]}).encode()
+        whole = json.dumps({"id": "1", "object": "chat.completion", "model": mine.model, "choices": [choice]}).encode()
         if fault == "half":
             whole = whole[: len(whole) // 2]
         self._send(200, whole, cut=fault == "cut")

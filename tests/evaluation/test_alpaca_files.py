@@ -98,6 +98,14 @@ def test_bad_annotations_are_refused_with_their_row(tmp_path, changed, message):
         read_annotations(path)
 
 
+def test_a_file_holds_one_judge(tmp_path):
+    path = written(tmp_path / "annotations.json", [annotation(i, annotator="weighted") for i in range(2)])
+    assert read_annotations(path).annotator == "weighted"
+    written(path, [annotation(0, annotator="weighted"), annotation(1, annotator="gpt4")])
+    with pytest.raises(ValueError, match="row 2: annotator is 'gpt4', not 'weighted': .* one judge"):
+        read_annotations(path)
+
+
 def test_swapped_systems_are_refused(tmp_path):
     rows = [annotation(0, generator_1="mine", generator_2=BASELINE)]
     path = written(tmp_path / "annotations.json", rows)

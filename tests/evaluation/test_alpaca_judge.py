@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 
 from rto.cli import main
-from rto.evaluation.alpaca import order_switched
+from rto.evaluation.alpaca import JUDGE_SYSTEM, JUDGE_USER, order_switched
+from rto.evaluation.endpoint import digest, read_rows
 
 pytest.importorskip("openai")
 WORDS = ["lists", "maps", "poems", "rivers", "stars", "trains"]
@@ -44,6 +46,22 @@ def test_the_verdicts_themselves_without_log_probs(tmp_path, judge_server, capsy
     assert len(judge_server.asked) == 5  # identical answers need no judge
     assert main(words) == 0
     assert len(judge_server.asked) == 5  # and nothing is asked twice
+
+
+def test_the_report_says_who_judged_and_how(tmp_path, judge_server, capsys):
+    judge_server.reply = better
+    assert main([*files(tmp_path), "--base-url", judge_server.url]) == 0
+    assert re.search(r"judge +stub\n", capsys.readouterr().out)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (report["judge"], report["endpoint"], report["served"]) == ("stub", [judge_server.url], ["stub-7b"])
+    assert report["settings"] == {"temperature": 1.0, "max_tokens": 1, "top_logprobs": 5, "seed": 0}
+    times = [row["time"] for row in read_rows(tmp_path / "out" / "replies.jsonl")]
+    assert report["judged"] == [min(times), max(times)] and report["scored"] >= max(times)
+    assert report["order"].startswith("one game an instruction")
+    assert report["prompt_hash"] == digest([JUDGE_SYSTEM, JUDGE_USER])
+    assert main(["alpaca", str(tmp_path / "out" / "annotations.json"), "--out", str(tmp_path / "again")]) == 0
+    again = json.loads((tmp_path / "again" / "report.json").read_text())
+    assert again["judge"] == "stub" and "endpoint" not in again  # annotations hold no more than the name
 
 
 def test_log_probs_give_a_weighted_preference(tmp_path, judge_server):

@@ -11,6 +11,7 @@ from rto.evaluation.arena import Game, Judgment
 from rto.evaluation.arena_files import (
     answer_folder,
     answers_of,
+    judge_folder,
     judgment_files,
     read_answers,
     read_judgments,
@@ -178,6 +179,17 @@ def test_one_counter_for_all_answers(tmp_path):
     assert both["m"] == both["base"] and "stored" not in name
 
 
+def test_stored_counts_of_another_tokenizer_are_not_taken(tmp_path):
+    """The layouts count with different tokenizers: neither mixed nor under the other scoring do they count."""
+    current = read_answers(written(tmp_path / "a" / "m.jsonl", "current", {"q1": "one two"}, "m"))
+    classic = read_answers(written(tmp_path / "b" / "m.jsonl", "classic", {"q1": "one two"}, "m"))
+    for answers, scoring in (({"m": current, "base": classic}, "current"), ({"m": current}, "classic")):
+        found, name = style_features(answers, scoring)
+        assert "stored" not in name and {rows["q1"][0] for rows in found.values()} == {2}  # tokens; 7 is stored
+    found, name = style_features({"m": classic}, "classic")
+    assert found["m"]["q1"][0] == 7 and name == "stored in the answer files (cl100k_base)"
+
+
 def test_folders(tmp_path):
     for judge in ("one", "two"):
         lines(tmp_path / "model_judgment" / judge / "m.jsonl", [current_row("q1")])
@@ -189,6 +201,10 @@ def test_folders(tmp_path):
     for path in (tmp_path, tmp_path / "model_judgment", file.parent, file):
         assert answer_folder(path) == tmp_path / "model_answer"
     assert answer_folder(tmp_path / "model_answer") is None
+    with pytest.raises(ValueError, match="judges are one, two, and judgments of lab/one lie in lab_one"):
+        judgment_files(tmp_path, "lab/one")
+    lines(tmp_path / "model_judgment" / judge_folder("lab/one") / "m.jsonl", [current_row("q1")])
+    assert judgment_files(tmp_path, "lab/one")[0].parent.name == "lab_one"
     with pytest.raises(ValueError, match="no .jsonl files"):
         judgment_files(tmp_path / "model_answer")
     with pytest.raises(ValueError, match="no such file or folder"):

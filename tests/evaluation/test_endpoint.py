@@ -157,6 +157,18 @@ def test_no_key_in_any_written_byte(judge_server, endpoint, tmp_path, monkeypatc
     assert KEY.encode() not in written and KEY not in said + "".join(capfd.readouterr())
 
 
+@pytest.mark.parametrize("fault", [400, "half", None])
+def test_a_key_is_taken_out_before_a_text_is_cut(judge_server, endpoint, tmp_path, monkeypatch, fault):
+    """Errors show 300 characters of a refusal, and 100 of what is no chat completion or no text: each ends in a key."""
+    monkeypatch.setenv("MY_KEY", KEY)
+    judge_server.refusal = "x" * 290 + KEY
+    judge_server.model = "z" * 40 + KEY  # half of the JSON has it from its 92nd character on
+    judge_server.reply = lambda messages: "y" * 300 if fault == "half" else ["x" * 93 + KEY]
+    judge_server.plan = lambda n, game: fault
+    (row,) = ask_all(tasks(1), replace(endpoint, key_env="MY_KEY", retries=0), tmp_path / "rows.jsonl")
+    assert "[key]" in row["error"] and KEY[:4] not in (tmp_path / "rows.jsonl").read_text()
+
+
 def test_openai_itself_needs_a_key(endpoint, tmp_path):
     with pytest.raises(ValueError, match="OPENAI_API_KEY"):
         ask_all(tasks(1), replace(endpoint, base_url=None), tmp_path / "rows.jsonl")
@@ -165,6 +177,15 @@ def test_openai_itself_needs_a_key(endpoint, tmp_path):
 @pytest.mark.parametrize("url", ["http://user:pass@host/v1", "http://host/v1?key=1", "ftp://host", "host:8000"])
 def test_an_address_is_only_an_address(url):
     with pytest.raises(ValueError, match="base_url"):
+        Endpoint("m", url)
+
+
+BAD_PORTS = {"http://host:8000O/v1": "'8000O'", "http://host:99999": "0-65535", "http://[1": "IPv6"}
+
+
+@pytest.mark.parametrize(("url", "said"), BAD_PORTS.items())
+def test_an_address_with_a_bad_port_is_named(url, said):
+    with pytest.raises(ValueError, match=f"base_url is no address.*{said}"):
         Endpoint("m", url)
 
 

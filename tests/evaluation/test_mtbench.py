@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -303,9 +304,54 @@ def test_a_judge_is_asked_and_its_replies_are_kept(judge_server, tmp_path, quest
     assert command.run(parse(*call)) == 0
     assert len(judge_server.asked) == 4  # nothing is asked twice
     capsys.readouterr()
+    made = ("order", "judged", "endpoint", "served", "settings")
+    assert report["order"] == "each answer is graded alone" and report["endpoint"] == [judge_server.url]
+    assert report["served"] == ["stub-7b"] and report["settings"]["max_tokens"] == 2048
     for stored in ("replies.jsonl", "lab_stub_single.jsonl"):  # ours and the official file say the same
-        assert command.run(parse(str(out / stored))) == 0
+        assert command.run(parse(str(out / stored), "--out", str(tmp_path / "again"))) == 0
         assert capsys.readouterr().out == shown
+        again = json.loads((tmp_path / "again" / "report.json").read_text())
+        known = made if stored == "replies.jsonl" else made[:2]  # the official layout has no more
+        assert {key: again.get(key) for key in made} == {key: report[key] if key in known else None for key in made}
+        assert again["scored"] >= again["judged"][1] >= again["judged"][0]
+
+
+def test_failed_replies_of_a_file_are_counted(judge_server, tmp_path, question_file, capsys):
+    judge_server.plan = lambda n, game: 400
+    call = ["--answers", answer_file(tmp_path / "m.jsonl", "m", ANSWERS), "--questions", question_file, "--quiet"]
+    call += ["--references", answer_file(tmp_path / "r.jsonl", "gpt-4", REFERENCES), "--model", "stub"]
+    call += ["--base-url", judge_server.url, "--out", str(tmp_path / "out")]
+    assert command.run(parse(*call)) == 1
+    assert "4 of 4 failed: the same command asks them again" in capsys.readouterr().err
+    assert command.run(parse(str(tmp_path / "out" / "replies.jsonl"))) == 1
+    assert capsys.readouterr().err == "rto mtbench: 4 of 4 failed\n"
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (
+            {"id": "1", "first": "a"},
+            "reply 'k': no MT-Bench judgment: it lacks question_id, user_prompt, turn, model, c",
+        ),
+        ({"game": 1, "uid": "1"}, "reply 'k': no MT-Bench judgment: it lacks question_id, user_prompt, turn, model_1"),
+    ],
+)
+def test_replies_of_another_verb_are_refused(tmp_path, row, said):
+    made = {"key": "k", "reply": "A", "error": None, "judge": "j", "template": "t", "time": "2026-01-01T00:00:00Z"}
+    path = tmp_path / "judgments.jsonl"
+    path.write_text(json.dumps(made | row) + "\n")
+    with pytest.raises(ValueError, match=f"judgments.jsonl, {re.escape(said)}"):
+        mtbench.read_judgments(path)
+
+
+def test_pairs_without_a_judge_are_refused(tmp_path):
+    path, row = tmp_path / "pairs.jsonl", compared(81, 1, "model_1", "tie") | {"judge": ["j", "t"]}
+    for change, said in (({"judge": "gpt-4"}, "judge = 'gpt-4': a list"), ({"question_id": None}, "lacks question_id")):
+        second = {key: value for key, value in (row | change).items() if value is not None}
+        path.write_text(json.dumps(row) + "\n" + json.dumps(second) + "\n")
+        with pytest.raises(ValueError, match=f"pairs.jsonl, row 2: .*{said}"):
+            mtbench.read_judgments(path)
 
 
 def test_pairs_are_compared(judge_server, tmp_path, question_file, capsys):
@@ -316,6 +362,7 @@ def test_pairs_are_compared(judge_server, tmp_path, question_file, capsys):
     assert command.run(parse("--answers", *files, *call)) == 0
     shown = capsys.readouterr().out
     assert "| x | y | 0 | 4 | 0 | 0 | 0.500 | 0.500 to 0.500 |" in shown
+    assert "shown first in game 1" in json.loads((tmp_path / "out" / "report.json").read_text())["order"]
     assert command.run(parse(str(tmp_path / "out" / "stub_pair.jsonl"))) == 0
     assert capsys.readouterr().out == shown
 

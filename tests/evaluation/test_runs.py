@@ -14,7 +14,15 @@ import pytest
 from rto.commands import compare
 from rto.evaluation.combine import Table, combine
 from rto.evaluation.runs import group_runs, read_run, used_in_training
-from rto.evaluation.winrate import across_seeds, holm, paired_bootstrap, paired_t_test, sign_test, win_probability
+from rto.evaluation.winrate import (
+    Interval,
+    across_seeds,
+    holm,
+    paired_bootstrap,
+    paired_t_test,
+    sign_test,
+    win_probability,
+)
 
 WORLD = "the tiny world's own reward, exact"
 
@@ -238,6 +246,16 @@ def test_broken_folders_are_refused(tmp_path):
         read_run(folder)
 
 
+def test_answers_may_hold_the_line_ends_of_unicode(tmp_path):
+    """JSON leaves U+2028, U+2029 and U+0085 in a text as they are; a blank line is no row."""
+    folder = write_run(tmp_path / "a", {"sft": [1.0, 2.0], "rto": [3.0, 4.0]})
+    for name in ("sft", "rto"):
+        path = folder / "evaluation" / f"answers-{name}.jsonl"
+        rows = [json.loads(line) | {"answer": "a\u2028b\u2029c\x85d"} for line in path.read_text().split("\n") if line]
+        path.write_text("\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n", encoding="utf-8")
+    assert read_run(folder).policies["rto"].scores.tolist() == [[3.0], [4.0]]
+
+
 # --- the oracle ---------------------------------------------------------------------------------------
 
 
@@ -263,6 +281,11 @@ def test_the_flag_stands_under_the_table(tmp_path):
 
 
 # --- the command --------------------------------------------------------------------------------------
+
+
+def test_a_value_that_is_missing_is_a_dash():
+    assert compare.interval(Interval(math.nan, math.nan, math.nan), 100, 1) == "-"
+    assert compare.interval(Interval(0.5, math.nan, math.nan), 100, 1) == "50.0"
 
 
 def test_the_command_writes_its_files(tmp_path, capsys):

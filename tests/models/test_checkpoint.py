@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 import transformers as hf
-from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, LoraConfig, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import nn
@@ -177,6 +180,57 @@ def test_another_rank_or_alpha_is_refused(base, tokenizer, policy_folder, lora):
 def test_other_targets_are_refused(base, tokenizer, policy_folder):
     with pytest.raises(ValueError, match=r"missing here.*lora.targets"):
         workshop(base, tokenizer, Lora(r=4, alpha=8, targets=["q_proj"])).open_policy(str(policy_folder), "policy")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("peft_type", "LOHA"),
+        ("use_rslora", True),
+        ("rank_pattern", {"q_proj": 4}),
+        ("alpha_pattern", {"q_proj": 16}),
+        ("alora_invocation_tokens", [5]),
+        *(("init_lora_weights", name) for name in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga")),
+    ],
+)
+def test_settings_of_another_model_are_refused(base, tokenizer, policy_folder, tmp_path, key, value):
+    """They read as plain LoRA with the same r, alpha and shapes."""
+    foreign_adapter(policy_folder, tmp_path, **{key: value})
+    told = rf"adapter_config.json: {key} = {re.escape(repr(value))} .*merge_and_unload"
+    with pytest.raises(ValueError, match=told):
+        workshop(base, tokenizer, LORA).open_policy(str(tmp_path), "policy")
+
+
+@pytest.mark.parametrize("way", [True, False, "gaussian", "eva", "orthogonal", "mica"])
+def test_initialisations_that_leave_the_base_as_it_was_are_read(base, tokenizer, policy_folder, tmp_path, way):
+    foreign_adapter(policy_folder, tmp_path, init_lora_weights=way)
+    role = workshop(base, tokenizer, LORA).open_policy(str(tmp_path), "policy")
+    same_logprobs(role, hf.AutoModelForCausalLM.from_pretrained(policy_folder))
+
+
+@pytest.mark.parametrize(
+    ("more", "key"),
+    [
+        ({"use_dora": True}, "lora_magnitude_vector"),
+        ({"modules_to_save": ["lm_head"]}, "lm_head"),
+        ({"lora_bias": True}, "lora_B.bias"),
+    ],
+)
+def test_what_has_weights_of_its_own_is_refused_by_their_names(base, tokenizer, tmp_path, more, key):
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | more
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft's, of layers without a bias
+        made = get_peft_model(hf.AutoModelForCausalLM.from_pretrained(base), LoraConfig(**settings))
+        made.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"does not fit: \S*{key}\S* is"):
+        workshop(base, tokenizer, LORA).open_policy(str(tmp_path), "policy")
+
+
+def foreign_adapter(source: Path, folder: Path, **settings) -> None:
+    """An adapter's folder with other settings."""
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
 
 
 def test_a_policy_adapter_is_no_scorer(base, tokenizer, policy_folder):

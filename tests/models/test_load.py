@@ -20,16 +20,19 @@ from rto.models.load import (
     load_network,
     load_tokenizer,
     locate,
+    positions_of,
     same_vocabulary,
     scratch_network,
     without_dropout,
 )
 from rto.models.role import Role
 from rto.models.runtime import Runtime
-from rto.models.workshop import Workshop, verify
+from rto.models.workshop import Workshop, check_positions, verify
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 IDS = torch.tensor([[3, 4, 5, 6, 7]])
+ROPE = {"rope_theta": 1e4, "factor": 2.5}
+YARN = {"rope_type": "yarn", "original_max_position_embeddings": 80}
 
 
 def tokenizer(words: int = 50, last: str = "w49") -> hf.PreTrainedTokenizerFast:
@@ -130,6 +133,35 @@ def test_a_scratch_model_depends_on_the_seed(tmp_path):
     assert torch.equal(state, torch.random.get_rng_state()), "the global generator is put back"
 
 
+# --- positions ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "positions"),
+    [
+        (hf.GPT2Config(), 1024),
+        (hf.LlamaConfig(max_position_embeddings=100), 100),
+        (hf.LlamaConfig(max_position_embeddings=100, rope_parameters=ROPE | {"rope_type": "linear"}), 250),
+        (hf.Qwen2Config(max_position_embeddings=100, rope_parameters=ROPE | YARN), 200),
+        (hf.Qwen2Config(max_position_embeddings=200, rope_parameters=ROPE | YARN), 200),  # told already
+        (hf.Gemma3TextConfig(max_position_embeddings=100), 100),
+        (hf.Gemma3TextConfig(max_position_embeddings=100, rope_parameters={"full_attention": ROPE | YARN}), 200),
+        (hf.LlamaConfig(rope_parameters=ROPE | {"rope_type": "dynamic"}), None),
+        (hf.BloomConfig(), None),
+    ],
+)
+def test_how_much_a_model_reads(settings, positions):
+    assert positions_of(settings) == positions
+
+
+def test_more_than_a_model_reads_is_refused(tmp_path):
+    base = str(save(tmp_path))
+    backbone = Workshop(Pretrained(name=base), base, tokenizer(), Runtime("cpu"), 0).reference().backbone
+    check_positions(backbone, 2048)
+    with pytest.raises(ValueError, match=r"2049 tokens.*data.max_prompt and data.max_response.*2048 positions: lower"):
+        check_positions(backbone, 2049)
+
+
 # --- vocabularies -------------------------------------------------------------------------------------
 
 
@@ -149,12 +181,16 @@ def test_another_vocabulary_is_refused(other, told):
         same_vocabulary(tokenizer(), other, "scorer", "big/model")
 
 
-def test_a_scorer_of_another_size_has_one_model_for_all_its_roles(tmp_path):
+def test_a_scorer_of_another_size_has_one_model_for_all_its_roles_with_the_same_settings(tmp_path):
     base, big = save(tmp_path / "base"), save(tmp_path / "big")
     shop = Workshop(Pretrained(name=str(base)), str(base), tokenizer(), Runtime("cpu"), 0)
     other = Pretrained(name=str(big), lora=Lora(r=2))
     roles = [shop.new_scorer(name, other) for name in ("scorer", "critic")]
     assert roles[0].backbone is roles[1].backbone and roles[0].backbone.source == str(big)
+    wider = shop.new_scorer("wider", Pretrained(name=str(big), lora=Lora(r=4)))
+    full = shop.new_scorer("full", Pretrained(name=str(big), dtype="bfloat16"))
+    assert (wider.backbone.lora.r, roles[0].backbone.lora.r, full.backbone.lora) == (4, 2, None)
+    assert (full.backbone.compute, roles[0].backbone.compute) == (torch.bfloat16, torch.float32)
     changed = tokenizer(50, last="word")
     changed.save_pretrained(big)
     with pytest.raises(ValueError, match="another vocabulary"):
@@ -172,6 +208,58 @@ def test_places():
         locate(Packaged(type="package", package="no_such_package"))
     with pytest.raises(ValueError, match=r"model.file = 'x.gguf' is not in package 'rto', which has no GGUF file"):
         dequantise("rto", "x.gguf")
+
+
+def package(folder: Path, name: str, file: str = "x.gguf") -> Path:
+    """A Python package, and where its model file belongs."""
+    path = folder / name / file
+    path.parent.mkdir(parents=True)
+    (folder / name / "__init__.py").write_text("")
+    return path
+
+
+def test_another_package_or_another_file_of_the_same_name_is_another_model(tmp_path, monkeypatch):
+    monkeypatch.setenv("RTO_CACHE", str(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (first, second), models = (package(tmp_path, name) for name in ("one", "two")), tmp_path / "models"
+    # The SHA-1 of "abc" and of nothing, from FIPS 180.
+    for known in ("one-x-a9993e364706", "one-x-da39a3ee5e6b", "two-x-a9993e364706"):
+        (models / known).mkdir(parents=True)
+        (models / known / "config.json").write_text("{}")
+    first.write_text("abc")
+    second.write_text("abc")
+    assert [dequantise(name, "x.gguf") for name in ("one", "two")] == [
+        models / "one-x-a9993e364706",
+        models / "two-x-a9993e364706",
+    ]
+    first.write_text("")  # an upgrade
+    assert dequantise("one", "x.gguf") == models / "one-x-da39a3ee5e6b"
+
+
+def test_a_gguf_file_in_a_folder_of_its_package_is_read(tmp_path, monkeypatch):
+    gguf = pytest.importorskip("gguf")
+    monkeypatch.setenv("RTO_CACHE", str(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    writer = gguf.GGUFWriter(package(tmp_path, "three", "sub/x.gguf"), "llama")
+    for key, value in (
+        ("block_count", 1), ("context_length", 32), ("embedding_length", 8), ("feed_forward_length", 16),
+        ("head_count", 2), ("head_count_kv", 2), ("layer_norm_rms_eps", 1e-5), ("vocab_size", 4),
+        ("tokenizer_model", "gpt2"), ("token_list", ["<end>", "a", "b", "ab"]), ("token_merges", ["a b"]),
+        ("token_types", [3, 1, 1, 1]), ("eos_token_id", 0), ("bos_token_id", 0),
+    ):  # fmt: skip
+        getattr(writer, f"add_{key}")(value)
+    shapes = {"attn_norm": [8], "ffn_norm": [8], "ffn_gate": [16, 8], "ffn_up": [16, 8], "ffn_down": [8, 16]}
+    shapes |= {f"attn_{part}": [8, 8] for part in ("q", "k", "v", "output")}
+    shapes = {f"blk.0.{name}": shape for name, shape in shapes.items()}
+    for name, shape in (shapes | {"token_embd": [4, 8], "output": [4, 8], "output_norm": [8]}).items():
+        writer.add_tensor(f"{name}.weight", torch.full(shape, 0.5).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    folder = dequantise("three", "sub/x.gguf")
+    assert load_tokenizer(str(folder))("ab")["input_ids"] == [3]
+    assert all((p == 0.5).all() for p in open_(folder).parameters())
 
 
 # --- the packaged model -------------------------------------------------------------------------------

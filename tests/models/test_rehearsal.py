@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from rto.models.rehearsal import Tally
+from rto.config import Lora, Pretrained, Scratch
+from rto.data.worlds import world_tokenizer
+from rto.models.rehearsal import GhostWorkshop, Tally
+from rto.models.runtime import Runtime
 
 
 @pytest.mark.parametrize(("device", "counted"), [(None, 12), ("cpu", 12), ("cuda", 0)])
@@ -21,3 +24,10 @@ def test_only_what_is_on_the_device_is_counted(device, counted):
     assert tally.total == tally.peak == counted
     del kept
     assert tally.total == 0
+
+
+def test_a_scorers_model_is_another_with_other_settings():
+    shop = GhostWorkshop(Scratch(type="scratch"), "", world_tokenizer(), Runtime("cpu"), 0).begin(Tally(vocabulary=100))
+    narrow, wide = (Pretrained(name="some/model", lora=Lora(r=rank)) for rank in (2, 4))
+    assert shop._other(narrow) is shop._other(narrow.model_copy())
+    assert (shop._other(wide).model, shop._other(narrow).model) == (wide, narrow)

@@ -268,3 +268,36 @@ def test_what_is_no_number_is_not_the_best(tmp_path):
     keeper, state = saver(tmp_path, best=Best(metric="eval_x")), moving()
     train(keeper, state, 0, 3, {1: math.nan, 2: 0.5, 3: 0.25})
     assert state.weights["role"][0].tolist() == [2.0] * 3
+
+
+def test_a_round_does_not_go_back_into_the_one_before(tmp_path):
+    """Nothing good has come since the checkpoint that the round began with: still no older one is this round's."""
+    keeper, state = saver(tmp_path, nonfinite=NonFinite(skip=0, then="rollback")), moving()
+    keeper.begin(0, 3, state)
+    steps(keeper, state, 1, 3)
+    keeper.begin(3, 9, state)
+    keeper.writer.wait()
+    assert keeper.store.steps() == [2, 3]
+    state.weights["role"][0].fill_(9.0)
+    assert keeper.met(4, ERROR, state) is True
+    assert state.weights["role"][0].tolist() == [3.0] * 3
+    keeper.writer.wait()
+    (keeper.store.folder / "step-00000003" / "tensors.safetensors").write_bytes(b"")
+    said = (
+        "no checkpoint from step 3 on, where this round began, is whole: give the same command again, .* from step 2$"
+    )
+    with pytest.raises(ValueError, match=said):
+        keeper.met(4, ERROR, state)
+
+
+def test_what_lies_beside_is_written_before_every_checkpoint(tmp_path):
+    asked: list[list[int]] = []
+    keeper, state = saver(tmp_path, nonfinite=NonFinite(skip=0, then="rollback")), moving()
+    keeper.beside = lambda: asked.append(keeper.store.steps())
+    keeper.begin(0, 99, state)
+    assert asked == [[]]
+    steps(keeper, state, 1, 3)
+    assert len(asked) == 2
+    assert keeper.met(4, ERROR, state) is True  # its checkpoint is written anew
+    assert len(asked) == 3
+    keeper.writer.wait()

@@ -20,6 +20,7 @@ from rto.evaluation.formats import FORMATS
 from rto.evaluation.rewardbench import read_pairs, read_scores
 from rto.models.segment import SegmentScorer
 from rto.numerics import masked_sum
+from rto.pipeline import generate as answers_of
 from rto.pipeline.answers import write_answers
 from rto.pipeline.job import Job
 from rto.pipeline.pairs import score_pairs
@@ -193,6 +194,20 @@ def test_what_was_cut_is_counted(trained, tmp_path):
     assert (done.made, done.cut_prompts) == (1, 1)
     assert done.notes == [] or "style metadata is left out" in done.notes[0]
     assert ("metadata" in rows(tmp_path / "out")[0]) == (done.notes == [])
+
+
+def test_a_prompt_that_is_rejected_is_named(trained, tmp_path):
+    """Answers to fewer prompts would be taken for answers to all."""
+    strict = trained.model_copy(update={"data": trained.data.model_copy(update={"on_over_long": "reject"})})
+    asked = ["a?", "long " * 40]
+    with pytest.raises(ValueError, match=r"--prompt, prompt 2: over_long .*none may be left out"):
+        answers_of(strict, "dpo", prompts=asked)
+    assert [row["prompt"] for row in answers_of(strict, "dpo", prompts=asked, limit=1)] == ["User: a?\n\nAssistant:"]
+    assert len(answers_of(trained, "dpo", prompts=asked)) == 2  # cut
+    path = tmp_path / "q.jsonl"
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in asked))
+    with pytest.raises(ValueError, match=r"q\.jsonl, prompt 2: over_long"):
+        answers_of(strict, "dpo", file=str(path))
 
 
 def rto(*words: str) -> SimpleNamespace:

@@ -197,7 +197,7 @@ def test_help_is_no_mistake(words, capsys):
             ["--prefer.loss.bata", "1"],
             "prefer.loss: unknown key bata, did you mean beta?; valid: beta, label_smoothing, nll, variant",
         ),
-        (["--policy.advantage", "{type = 'gae', lam = 'x'}"], "policy.advantage: lam: Input should be a valid number"),
+        (["--policy.advantage", "{type = 'gae', lam = 'x'}"], "policy.advantage: lam: this is no number"),
         (["--policy.rewards", "[]"], "a list of rewards goes with method = 'custom', and only with it"),
         (["--policy.method=custom", "--policy.rewards", "[{type='implict'}]"], "policy.rewards[0].type = 'implict' is"),
         (["--device", "gpu"], "device: Input should be 'auto', 'cpu' or 'cuda' (given: 'gpu')"),

@@ -8,7 +8,6 @@ import io
 import json
 import weakref
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -27,7 +26,6 @@ from rto.models.rehearsal import GhostWorkshop, Tally, heap_of
 from rto.models.role import Backbone, Role
 from rto.models.runtime import Runtime
 from rto.optim import Optimizer
-from rto.pipeline import checks as checks_of
 from rto.pipeline import machine
 from rto.pipeline.checks import checks, licence
 from rto.pipeline.job import Job
@@ -161,6 +159,17 @@ def test_every_stage_is_rehearsed(world_recipe):
     assert all(stage.alive == sum(stage.parts.values()) for stage in found.values())
 
 
+def test_scorers_on_models_of_their_own_are_rehearsed_each(files_recipe, tiny_model, pairs_file):
+    """16 x 16 projections: r * (16 + 16) numbers each of q and v, and 16 of the head, in float32."""
+    given = {"model.name": tiny_model, "data.pairs": pairs_file, "reward.model.name": tiny_model}
+    given |= {"reward.model.lora.r": "2", "reward.model.lora.targets": '["q_proj", "v_proj"]'}
+    config = recipe.load(files_recipe, [*given.items(), ("scorers.wide.model.lora.r", "4")])
+    job = Job(config, quiet=True)
+    stages = Rehearsal(config, job.rows, job.runtime, None).stages(["reward"])
+    found = {name: work().parts["scorer", "adapters"] for name, work in stages.items()}
+    assert found == {"reward": 4 * (2 * 2 * 32 + 16), "reward/wide": 4 * (2 * 4 * 32 + 16)}
+
+
 def test_a_plan_for_programs(world_recipe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, text = rto("plan", world_recipe, "--json", "--policy.kl.coef", "0.02")
@@ -210,21 +219,11 @@ def test_a_template_that_shows_training_another_prompt_is_a_problem(files_recipe
     assert "--data.chat_template" in found["chat template"].text
 
 
-def test_trust_in_the_model_is_no_trust_in_a_guide(files_recipe, tiny_model, pairs_file, monkeypatch):
-    """Its repository's Python may not run because that of another role may."""
-    asked: list[tuple[str, bool]] = []
-    plain = checks_of.load_tokenizer
-
-    def load_tokenizer(name: str, trust: bool = False) -> Any:
-        asked.append((name, trust))
-        return plain(name, trust)
-
-    monkeypatch.setattr(checks_of, "load_tokenizer", load_tokenizer)
+def test_trust_is_told_of_the_role_that_has_it(files_recipe, tiny_model, pairs_file):
     changes = [("model.name", tiny_model), ("data.pairs", pairs_file), ("model.trust_remote_code", "true")]
-    config = recipe.load(files_recipe, [*changes, ("prefer.checkpoint", tiny_model)])
+    config = recipe.load(files_recipe, changes)
     job = Job(config, quiet=True)
     found = {check.name: check.level for check in checks(config, job.rows, job.runtime)}
-    assert asked == [(tiny_model, False)]
     assert found["code of model"] == "note" and "code of oracle" not in found
 
 

@@ -8,8 +8,9 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
+from rto import recipe
 from rto.cli import main
-from rto.pipeline.resume_check import differences
+from rto.pipeline.resume_check import differences, shortened
 
 
 def test_a_short_run_of_a_recipe(world_recipe, tmp_path, capsys):
@@ -33,6 +34,25 @@ def test_a_short_run_of_a_recipe(world_recipe, tmp_path, capsys):
     assert "sft/model.safetensors is only in one of the runs" in found
     assert main(words) == 2  # the folder is not empty
     assert json.loads((whole / "config.json").read_text())["checkpoints"] == {"every": 1, "rl_every": 1, "keep": 2}
+
+
+def test_every_stage_is_shortened(world_recipe, tmp_path):
+    """Also one with a max_steps of its own."""
+    own = [(f"{named}.max_steps", "9") for named in ("guides.kto", "scorers.token", "baselines.ppo", "sft", "policy")]
+    config = shortened(recipe.load(world_recipe, [*own, ("guides.kto.loss.type", "kto")]), 2, tmp_path)
+    stages = [config.sft, *(config.preferences() | config.rewards() | config.policies()).values()]
+    assert len(stages) == 7 and {stage.max_steps for stage in stages} == {2}
+    assert config.preferences()["prefer/kto"].loss == {"type": "kto"}
+
+
+def test_a_warm_up_is_shortened_too(world_recipe, tmp_path):
+    """2 steps leave it one, so that the policy has the other; a baseline keeps what else its critic says."""
+    keys = [("policy.critic.warmup", "5"), ("baselines.ppo.critic.warmup", "3"), ("baselines.ppo.critic.lr", "0.5")]
+    policies = shortened(recipe.load(world_recipe, keys), 2, tmp_path).policies()
+    assert [(name, policy.critic.warmup) for name, policy in policies.items()] == [("ppo", 1), ("rto", 1)]
+    assert policies["ppo"].critic.lr == 0.5 and policies["rto"].critic.lr != 0.5
+    none = shortened(recipe.load(world_recipe, keys), 1, tmp_path).policies()
+    assert [policy.critic.warmup for policy in none.values()] == [0, 0]
 
 
 @pytest.mark.parametrize("words", [["--kills", "0"], ["--steps", "0"], ["--set", "seed"]])

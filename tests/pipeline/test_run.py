@@ -316,6 +316,7 @@ def test_generate_answers_prompts(finished, tmp_path):
         (["--limit", "many"], "argument --limit: invalid int value: 'many'"),
         (["--polcy", "rto"], "unrecognized arguments: --polcy rto"),
         (["--prompts", "nowhere.jsonl"], "data.prompts: file not found: 'nowhere.jsonl'"),
+        (["--prompt", "a", "--prompts", "b.jsonl"], "--prompt and --prompts b.jsonl do not go together"),
     ],
 )
 def test_generate_refuses(finished, words, said):

@@ -20,7 +20,7 @@ from rto.models.runtime import Runtime
 from rto.numerics import masked_sum
 from rto.preferences import dpo, kto, mppo
 from rto.preferences.cache import ReferenceCache
-from rto.preferences.groups import GroupObjective, ordered
+from rto.preferences.groups import GroupObjective, ordered, pair_scores
 from rto.preferences.train import evaluate, fit, gradients, objective_for, reads_groups
 from rto.report.log import Progress, RunLog, read_metrics
 
@@ -250,6 +250,20 @@ def test_metrics_by_hand(world, nudged, groups):
 
 def test_the_loss_decides_what_a_row_is():
     assert reads_groups(kto) and reads_groups(mppo) and not reads_groups(dpo)
+
+
+@pytest.mark.parametrize(
+    ("loss", "options", "scores"),
+    [
+        (kto, {}, (1.0, 0.0)),
+        (kto, {"desirable_above": 5.0}, (5.5, 4.5)),
+        (kto, {"desirable_above": -1.0}, (-0.5, -1.5)),
+        (mppo, {}, (10.0, 0.0)),
+        (mppo, {"variant": "point_mse", "full_score": 0.5}, (0.5, 0.0)),
+    ],
+)
+def test_scores_of_pairs_by_hand(loss, options, scores):
+    assert pair_scores(loss, options) == scores
 
 
 def test_a_loss_without_a_reference_gets_none(world, nudged):

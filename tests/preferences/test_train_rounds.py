@@ -11,8 +11,12 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from rto.config import Lora, Rounds, Supervised
+from rto.config import Lora, NonFinite, Rounds, Supervised
+from rto.finite import Culprit, NotFinite
+from rto.models.incidents import Incidents
 from rto.models.role import Role
+from rto.models.saver import Saver
+from rto.models.store import Store
 from rto.preferences import dpo
 from rto.preferences.rounds import copy_weights, extrapolate, fit_rounds, snapshot
 from rto.preferences.train import PairObjective, fit
@@ -110,6 +114,40 @@ def test_momentum_by_hand(world, tmp_path):
     for a, b in zip(role.parameters(), mine.parameters(), strict=True):
         assert_close(a, b, atol=2e-5, rtol=0)
     assert not torch.equal(reached[1][0], next(iter(role.parameters())))
+
+
+@pytest.mark.parametrize("broken", [1, 2])
+def test_a_round_whose_first_step_fails_begins_again(world, tmp_path, broken):
+    """nonfinite.then = "rollback": back to where the round began, not into the one before."""
+    role, reference, follower = open_roles(world, lora=False)
+    read: list[list[int]] = []
+
+    class Failing(PairObjective):
+        failed = False
+
+        def loss(self, rows, total):
+            if len(read) == broken + 1 and not Failing.failed:
+                Failing.failed = True
+                raise NotFinite(Culprit("policy", "loss", "nan", 0))
+            read[-1].append(len(rows))
+            return super().loss(rows, total)
+
+    def objective(reference: Role) -> PairObjective:
+        read.append([])
+        return Failing(role, dpo, {}, world.pad, reference)
+
+    log = RunLog(tmp_path)
+    settings = {"seed": 0, "runtime": world.runtime, "log": log, "progress": Progress(enabled=False)}
+    incidents, rule = Incidents(tmp_path / "incidents", str), NonFinite(skip=0, then="rollback")
+    store = Store(tmp_path / "checkpoints")
+    settings["saver"] = saver = Saver("s", store, 1, world.runtime, log, print, incidents, nonfinite=rule)
+    rows = world.rows.pairs[:24]
+    assert fit_rounds("s", role, reference, follower, objective, rows, TRAINING, Rounds(count=3), **settings) == 6
+    saver.writer.wait()
+    assert Failing.failed and [sum(part) for part in read] == [8 + 1] * 3  # each row once, and the last probe
+    logged = read_metrics(tmp_path)
+    assert [row["step"] for row in logged] == [1, 2, 3, 4, 5, 6]
+    assert logged[2 * broken]["loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
 def test_every_row_is_in_one_round(world, tmp_path):

@@ -178,6 +178,23 @@ def test_short_stages(count):
         assert count > 4 or early <= {"kl-mismatch", "sampler-gap", "missing-rewards", "left-out-steps"}, rule
 
 
+def test_steps_left_out_are_counted_in_steps_and_not_in_rows():
+    """20 rows of 1,000 steps, and one for each of the five steps that were left out: 5 / 1,000 is a warning."""
+    steps = sorted([*range(50, 1001, 50), 7, 101, 333, 640, 888])
+    rows = [{"stage": "prefer", "step": s} | ({"loss": 1.0} if s % 50 == 0 else {"skipped": 1.0}) for s in steps]
+    (found,) = live(rows)
+    assert (found.rule, found.severity, found.first, found.last) == ("left-out-steps", "warn", 7, 1000)
+    assert found.evidence == {"optimiser steps left out": 5.0, "for each step": 0.005}
+
+
+def test_steps_left_out_are_counted_before_rows_are_thinned():
+    """RL: 1,000 iterations, 30 of them in a row lost 2 optimiser steps each; the rules read 120 of the rows."""
+    rows = [{"stage": "rl/rto", "step": i} | ({"skipped": 2.0} if 500 <= i < 530 else {}) for i in range(1, 1001)]
+    (found,) = live(rows)
+    assert found.evidence == {"optimiser steps left out": 60.0, "for each step": 0.06}
+    assert (found.severity, found.first) == ("fail", 500)
+
+
 def test_live_speaks_of_the_running_stage_at_its_last_row():
     other = [{**row, "stage": "rl/ppo"} for row in healthy()]
     sick = SICK["clip-share"]

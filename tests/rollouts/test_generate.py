@@ -59,6 +59,19 @@ def test_a_sliding_window_changes_nothing():
     torch.testing.assert_close(found.logprobs, token_logprobs(policy, found.completions, 10_000), atol=1e-5, rtol=0)
 
 
+def test_a_model_of_learned_positions_answers_up_to_the_last_and_no_further():
+    """The longest prompt has 5 tokens, an answer 12."""
+    for positions, fits in ((17, True), (16, False)):
+        policy = role(hf.GPT2LMHeadModel, hf.GPT2Config, end_bias=-50.0, max_position_embeddings=positions)
+        if fits:
+            found = sample(policy)
+            assert not found.completions.finished.any()
+            assert token_logprobs(policy, found.completions, 10_000).isfinite().all()
+        else:
+            with pytest.raises(ValueError, match=r"17 tokens together \(data.max_prompt.*tiny has 16 positions"):
+                sample(policy)
+
+
 def test_an_adapter_samples_and_the_base_is_left():
     base = role()
     before = sample(base)

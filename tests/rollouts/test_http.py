@@ -215,7 +215,7 @@ def test_but_not_for_ever(server, monkeypatch):
         (reply("", 500), "status 500", 3),
         (drop, "closed connection", 3),
         (break_off, "IncompleteRead", 3),
-        (reply("sorry"), "not JSON: b'sorry'", 1),
+        (reply("sorry"), "not JSON: 'sorry'", 1),
         (reply(b"\xff\xfe"), "not JSON", 1),
         (reply("[" * 100_000), "not JSON", 1),
         (reply("[1, 2]"), 'has no "rewards"', 1),
@@ -283,7 +283,10 @@ def test_redirects_are_not_followed(server, monkeypatch):
     assert len(server.asked) == 1
 
 
-@pytest.mark.parametrize("url", ["", "localhost:8000", "file:///etc/passwd", "ftp://host/x", "http://", "//host/score"])
+@pytest.mark.parametrize(
+    "url",
+    ["", "localhost:8000", "file:///etc/passwd", "ftp://host/x", "http://", "//host/score", "http://host:80O0/x"],
+)
 def test_other_schemes_are_refused(url):
     with pytest.raises(ValueError, match="is not an http:// or https:// address"):
         HttpScorer(url)
@@ -302,6 +305,22 @@ def test_secrets_stay_out_of_messages(server, monkeypatch):
     asking = HttpScorer(f"{server.url}?key=secret", retries=0)
     asking.score(PROMPTS, ANSWERS, TOKENS)
     assert "secret" not in asking.last_failure
+
+
+@pytest.mark.parametrize(("code", "before"), [(200, 92), (404, 190)])
+def test_a_token_that_comes_back_across_the_cut_stays_out_too(server, monkeypatch, code, before):
+    """Of what is no JSON 100 characters are told, of a refusal 200."""
+    monkeypatch.setenv("RTO_SCORER_TOKEN", "sesame-open-sesame")
+    server.replies = [reply("x" * before + "sesame-open-sesame", code)]
+    asking = scorer(server, batch=5)
+    if code == 200:
+        score(asking)
+        told = str(asking.last_failure)
+    else:
+        with pytest.raises(ValueError) as caught:
+            score(asking)
+        told = str(caught.value)
+    assert "x" * before + "***" in told and "sesame" not in told
 
 
 @pytest.mark.parametrize("options", [{"timeout": 0}, {"retries": -1}, {"batch": 0}])

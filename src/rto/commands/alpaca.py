@@ -11,6 +11,7 @@ from typing import Any
 
 from rto.commands.asking import add_judge, endpoint_of
 
+ORDER = "one game an instruction, whose text draws which answer is shown first"
 HELP = "AlpacaEval 2 from annotations, or from a judge: win rate, and with the official difficulty file the LC one"
 
 
@@ -31,23 +32,28 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(known: argparse.Namespace) -> int:
     from rto.evaluation import alpaca, alpaca_files
+    from rto.evaluation.endpoint import utc
     from rto.evaluation.winrate import without_nan
 
     if known.bootstrap < 0 or known.bootstrap == 1:
         raise ValueError(f"--bootstrap {known.bootstrap}: write 0 for none, or two or more rounds")
     if bool(known.annotations) == bool(known.outputs):
         raise ValueError("give annotations, or --outputs FILE --reference FILE --model JUDGE --out FOLDER to make them")
-    path = _ask(known) if known.outputs else known.annotations
+    path, asked = _ask(known) if known.outputs else (known.annotations, {})
     annotations = alpaca_files.read_annotations(path, known.name, known.reference)
     name = annotations.name or Path(path).stem
     raw = alpaca.win_rates(annotations)
     report: dict[str, Any] = {
         "name": name,
         "baseline": annotations.baseline,
+        "judge": annotations.annotator,
+        **asked,
+        "scored": utc(),
         "indexed_by": annotations.indexed_by,
         **asdict(raw),
     }
     lines = [
+        ("judge", annotations.annotator or "not named by the file"),
         ("WR", f"{raw.win_rate:.2f} %"),
         ("SE", f"{raw.standard_error:.2f}"),
         ("wins, losses, draws", f"{raw.n_wins}, {raw.n_wins_base}, {raw.n_draws}"),
@@ -92,11 +98,12 @@ def run(known: argparse.Namespace) -> int:
     return 0
 
 
-def _ask(known: argparse.Namespace) -> str:
-    """Have every instruction judged; the path of the annotations."""
+def _ask(known: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """Have every instruction judged; the path of the annotations, and for the report how they were made."""
     from rto.evaluation import alpaca, alpaca_files
     from rto.evaluation.alpaca_judge import annotate
     from rto.evaluation.answers import read_answers
+    from rto.evaluation.endpoint import asked_of, digest, read_rows
     from rto.report.log import Progress
 
     for flag in ("reference", "model", "out"):
@@ -117,4 +124,6 @@ def _ask(known: argparse.Namespace) -> str:
     failed = sum(row.get("error") is not None for row in rows)
     if failed:
         print(f"rto alpaca: {failed} of {len(rows)} judgments failed: the same command asks for them again")
-    return str(folder / "annotations.json")
+    prompt = digest([alpaca.JUDGE_SYSTEM, alpaca.JUDGE_USER])
+    made = asked_of(read_rows(folder / "replies.jsonl"))
+    return str(folder / "annotations.json"), {**made, "order": ORDER, "prompt_hash": prompt}

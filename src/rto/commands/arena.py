@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +49,7 @@ def run(known: argparse.Namespace) -> int:
     """0: there are scores, 1: every game failed. ValueError: wrong input."""
     from rto.evaluation import arena
     from rto.evaluation.alpaca_files import write_json
+    from rto.evaluation.endpoint import utc
     from rto.evaluation.winrate import without_nan
 
     if known.bootstrap < 1:
@@ -79,7 +79,7 @@ def run(known: argparse.Namespace) -> int:
         "judge": first.judge,
         "endpoints": sorted({j.endpoint for j in judgments if j.endpoint}),
         "judged": [f([j.time for j in judgments if j.time], default=None) for f in (min, max)],
-        "scored": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "scored": utc(),
         "order": ORDER,
         "baseline": first.baseline,
         "categories": sorted({j.category for j in judgments if j.category}),
@@ -163,7 +163,7 @@ def _ask(known: argparse.Namespace) -> list[Judgment]:
         rows = ask_all(tasks, endpoint, folder / "judgments.jsonl", lambda done, total: progress.update(done, {}))
     judgments = judgments_of_replies(rows, known.scoring, str(folder / "judgments.jsonl"))
     for name in models:
-        file = folder / "model_judgment" / known.model.replace("/", "_") / f"{name}.jsonl"
+        file = folder / "model_judgment" / arena_files.judge_folder(known.model) / f"{name}.jsonl"
         arena_files.write_judgments(file, [j for j in judgments if j.model == name], known.scoring)
     return judgments
 

@@ -134,7 +134,9 @@ def cell(row: Row, key: str, digits: int | None = None) -> str:
 
 
 def interval(found: Interval, factor: float = 1, digits: int = 2, sign: str = "") -> str:
-    """``1.20 [1.00, 1.40]``; without brackets where there is no interval."""
+    """``1.20 [1.00, 1.40]``; without brackets where there is no interval, a dash where there is no value."""
+    if math.isnan(found.estimate):
+        return "-"
     rounded = [round(factor * value, digits) + 0.0 for value in _bar(found)]  # + 0.0: never -0.00
     values = [format(value, f"{sign}.{digits}f") for value in rounded]
     return values[0] if math.isnan(found.low) else f"{values[0]} [{values[1]}, {values[2]}]"

@@ -10,6 +10,10 @@ from typing import Any
 from rto.commands.asking import add_judge, endpoint_of
 
 HELP = "MT-Bench: grade two-turn answers with a judge, or read judgments; turns, categories, average"
+ORDER = {
+    "single": "each answer is graded alone",
+    "pair": "two games a question and turn: the first model is shown first in game 1, the second in game 2",
+}
 REPLIES = {"single": "replies.jsonl", "pair": "replies_pair.jsonl"}
 
 
@@ -26,6 +30,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(known: argparse.Namespace) -> int:
     """0: there are scores, 1: every judgment failed. ValueError: wrong input."""
     from rto.evaluation import mtbench
+    from rto.evaluation.endpoint import asked_of, utc
     from rto.evaluation.formats import read_questions
     from rto.pipeline.job import write_json
 
@@ -33,14 +38,15 @@ def run(known: argparse.Namespace) -> int:
         raise ValueError("give a file of judgments, or --answers FILE --questions FILE --model JUDGE to make them")
     questions = read_questions(known.questions, "mtbench") if known.questions else []
     categories = {int(question.key): str(question.record["category"]) for question in questions}
-    replies: list[dict[str, Any]] = []
     if known.answers:
         replies = _ask(known, questions)
         kind = "pair" if known.pairwise else "single"
         rows = mtbench.pair_judgments(replies) if known.pairwise else mtbench.single_judgments(replies)
     else:
         kind, rows = mtbench.read_judgments(known.judgments)
+        replies = mtbench.read_replies(known.judgments)
     report: dict[str, Any] = {"kind": kind, "failed": sum(reply["error"] is not None for reply in replies)}
+    report |= {"order": ORDER[kind], "scored": utc(), "judged": mtbench.judged(rows)}
     if kind == "pair":
         judges = sorted({row["judge"][0] for row in rows})
         report["judges"] = {j: mtbench.summarise_pairs([r for r in rows if r["judge"][0] == j]) for j in judges}
@@ -49,8 +55,7 @@ def run(known: argparse.Namespace) -> int:
         report["judges"] = {j: mtbench.summarise([r for r in rows if r["judge"] == j], categories) for j in judges}
     print("\n\n".join(f"judge: {judge}\n{_shown(kind, report['judges'][judge])}" for judge in judges))
     if replies:
-        used = [sorted({reply[key] or "" for reply in replies}) for key in ("endpoint", "served")]
-        report |= {"endpoint": used[0], "served": used[1], "settings": replies[0]["settings"]}
+        report |= asked_of(replies)
     out = known.out or ("mtbench" if known.answers else None)
     if out:
         folder = Path(out)
@@ -63,8 +68,8 @@ def run(known: argparse.Namespace) -> int:
                 mtbench.write_single(file, [row for row in rows if row["judge"] == judge])
         write_json(folder / "report.json", report)
     if report["failed"]:
-        said = f"{report['failed']} of {len(replies)} failed: the same command asks them again"
-        print(f"rto mtbench: {said}", file=sys.stderr)
+        again = ": the same command asks them again" if known.answers else ""
+        print(f"rto mtbench: {report['failed']} of {len(replies)} failed{again}", file=sys.stderr)
     return 1 if replies and report["failed"] == len(replies) else 0
 
 

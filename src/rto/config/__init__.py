@@ -210,10 +210,10 @@ class Policy(Training):
             raise ValueError(f"batch = {self.batch} is not a multiple of group = {self.group}")
         if self.best is not None and self.best.metric.startswith(("eval_", "policy/", "value/")):
             raise ValueError(f"best.metric = {self.best.metric!r} is not of answers, as reward/total is")
-        if self.kl.controller == "adaptive" and 0.2 * self.rollouts >= self.kl.horizon:
+        if self.kl.controller == "adaptive" and self.rollouts >= 5 * self.kl.horizon:
             raise ValueError(
-                f"kl.horizon = {self.kl.horizon:,} answers is a fifth of rollouts = {self.rollouts:,} or less, so that one "
-                "iteration could take kl.coef to zero and below: raise it, 10,000 is usual"
+                f"kl.horizon = {self.kl.horizon:,} answers is a fifth of rollouts = {self.rollouts:,} or less, so that "
+                "one iteration could take kl.coef to zero and below: raise it, 10,000 is usual"
             )
         if (self.method == "custom") != (self.rewards is not None):
             raise ValueError("a list of rewards goes with method = 'custom', and only with it")

@@ -25,15 +25,29 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_rewriting(cls, value: Any, info: Any) -> Any:
-        """pydantic would take "5" and true for numbers."""
-        kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
-        if kinds & {int, float} and isinstance(value, (str, bool)) and type(value) not in kinds:
-            raise PydanticCustomError("number", "this is no number")
+        """pydantic would take "5" and true for numbers, and "on" and 1 for true."""
+        _refuse(cls.model_fields[str(info.field_name)].annotation, value)
         return value
+
+
+def _refuse(annotation: Any, value: Any) -> None:
+    """Raises for what pydantic would make a number or a truth of."""
+    if get_origin(annotation) is tuple and isinstance(value, (list, tuple)):
+        for part, one in zip(get_args(annotation), value, strict=False):  # how many there may be says pydantic
+            _refuse(part, one)
+        return
+    kinds = _kinds(annotation)
+    if kinds & {int, float}:
+        if isinstance(value, (str, bool)) and type(value) not in kinds:
+            raise PydanticCustomError("number", "this is no number")
+    elif bool in kinds and type(value) not in kinds:
+        raise PydanticCustomError("bool", "this is neither true nor false")
 
 
 def _kinds(annotation: Any) -> set[Any]:
     """The types that a field may have: the parts of its union, and the types of literals."""
+    if get_origin(annotation) is Annotated:
+        return _kinds(get_args(annotation)[0])
     if get_origin(annotation) is Literal:
         return {type(value) for value in get_args(annotation)}
     if get_origin(annotation) in (Union, UnionType):

@@ -98,7 +98,7 @@ class Encoder:
 
     def prompt(self, prompt: Prompt) -> list[int]:
         """Prompt ids; over ``max_prompt`` they lose their beginning, all but a BOS token."""
-        return self._cut_prompt(self._prompt(prompt))
+        return self._cut_prompt(self._prompt(prompt, self.text(prompt)))
 
     def answer(self, prompt: Prompt, answer: str) -> tuple[list[int], bool]:
         """Answer ids with the end token and True; over ``max_response``, cut, without it, and False.
@@ -117,9 +117,10 @@ class Encoder:
         """Text without special tokens. Under the plain template an answer begins with its space."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    def _prompt(self, prompt: Prompt) -> list[int]:
+    def _prompt(self, prompt: Prompt, text: str) -> list[int]:
+        """Ids of a prompt whose :meth:`text` is known."""
         if not isinstance(prompt, str):
-            return self._once(self._ids(self.text(prompt)))  # the template has written the special tokens
+            return self._once(self._ids(text))  # the template has written the special tokens
         ids = list(self.tokenizer(prompt, verbose=False)["input_ids"])
         eos = self.tokenizer.eos_token_id
         if len(ids) > 1 and ids[-1] == eos and not prompt.endswith(str(self.tokenizer.eos_token)):
@@ -196,6 +197,11 @@ class AnswerRow:
     answer: list[int]
     finished: bool
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence: prompt and answer."""
+        return len(self.prompt) + len(self.answer)
+
 
 @dataclass(frozen=True)
 class PairRow:
@@ -208,6 +214,11 @@ class PairRow:
     rejected_finished: bool
     margin: float
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence: prompt and answer."""
+        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
+
 
 @dataclass(frozen=True)
 class ScoredRow:
@@ -219,6 +230,11 @@ class ScoredRow:
     answers: list[list[int]]
     finished: list[bool]
     scores: list[float]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence: prompt and answer."""
+        return len(self.prompt) + max(map(len, self.answers))
 
 
 Row = TypeVar("Row")
@@ -284,7 +300,8 @@ def _encode(
 ) -> tuple[str, list[int], list[tuple[list[int], bool]]] | None:
     """Text and ids of the prompt and ids of the answers; None for a row that was rejected into ``out``."""
     try:
-        text, whole = encoder.text(prompt), encoder._prompt(prompt)
+        text = encoder.text(prompt)
+        whole = encoder._prompt(prompt, text)
     except ValueError as error:
         raise ValueError(f"{out.file}, row {row}: {error}") from error
     answers = [encoder.answer(prompt, answer) for answer in texts]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 from rto import config as recipe
 from rto.data.chat import (
     AnswerRow,
+    Encoded,
     Encoder,
     PairRow,
     PromptRow,
@@ -59,9 +60,12 @@ def make_tokenizer(config: recipe.Config, name: str | None) -> PreTrainedTokeniz
         raise ValueError("model.type = 'scratch' knows the tiny world's words only: name a model with model.name")
     from transformers import AutoTokenizer
 
-    trust = isinstance(config.model, recipe.Pretrained) and config.model.trust_remote_code
+    model = config.model
+    trust, revision = (
+        (model.trust_remote_code, model.revision) if isinstance(model, recipe.Pretrained) else (False, None)
+    )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust, revision=revision)
     except Exception as error:  # a damaged file of it ends in whatever its readers raise, here or in tokenizers
         if isinstance(error, OSError) and not os.path.isdir(name):
             raise ValueError(f"model.name = {name!r}: no such folder, and no hub model that can be reached") from error
@@ -84,29 +88,34 @@ def make_rows(config: recipe.Config, tokenizer: PreTrainedTokenizerBase) -> Rows
 
 def _world(data: recipe.World, encoder: Encoder, seed: int) -> Rows:
     rows = world_rows(data, seed)
-    name = "tiny world"
+    answers = encode_answers(encoder, Loaded("tiny world: sft", rows.answers))
+    pairs = encode_pairs(encoder, Loaded("tiny world: pairs", rows.pairs))
+    prompts = encode_prompts(encoder, Loaded("tiny world: prompts", rows.prompts))
+    test_pairs = encode_pairs(encoder, Loaded("tiny world: test pairs", rows.test_pairs))
+    test_prompts = encode_prompts(encoder, Loaded("tiny world: test prompts", rows.test_prompts))
     return Rows(
         encoder,
-        encode_answers(encoder, Loaded(name, rows.answers)).rows,
-        encode_pairs(encoder, Loaded(name, rows.pairs)).rows,
-        encode_prompts(encoder, Loaded(name, rows.prompts)).rows,
-        encode_pairs(encoder, Loaded(name, rows.test_pairs)).rows,
-        _distinct(encode_prompts(encoder, Loaded(name, rows.test_prompts)).rows),
+        answers.rows,
+        pairs.rows,
+        prompts.rows,
+        test_pairs.rows,
+        _distinct(test_prompts.rows),
+        rejected=[*answers.rejected, *pairs.rejected, *prompts.rejected, *test_pairs.rejected, *test_prompts.rejected],
+        notes=_notes(pairs, test_pairs),
     )
 
 
 def _files(data: recipe.Files, encoder: Encoder, seed: int) -> Rows:
-    """Pairs are split by prompt; answers and prompts come from the training pairs unless files are named."""
+    """Pairs are split by rendered prompt; answers and prompts come from the training pairs unless files are named."""
     read = read_pairs(data)
     pairs = encode_pairs(encoder, read)
     by_row = {pair.row: pair.prompt for pair in read.rows}
     try:
-        parts = split_rows([by_row[pair.row] for pair in pairs.rows], data.test, data.oracle, seed)
+        parts = split_rows([pair.prompt_text for pair in pairs.rows], data.test, data.oracle, seed)
     except ValueError as error:
         raise ValueError(f"data.pairs = {pairs.file!r}: {error}") from None
     chosen = {part: [pairs.rows[i] for i in index] for part, index in parts.items()}
     rejected = list(pairs.rejected)
-    notes = {"pairs": len(pairs.rows), "cut prompts": pairs.cut_prompts, "cut answers": pairs.cut_answers}
 
     held_out = {pair.prompt_text for part in ("test", "oracle") for pair in chosen[part]}
     answers = [_answer(pair) for pair in chosen["train"]]
@@ -134,12 +143,20 @@ def _files(data: recipe.Files, encoder: Encoder, seed: int) -> Rows:
         chosen["oracle"],
         scored,
         rejected,
-        notes,
+        _notes(pairs),
     )
 
 
-def scored_from_pairs(pairs: list[PairRow]) -> list[ScoredRow]:
-    """Each pair as two answers with the scores 1 (chosen) and 0 (rejected).
+def _notes(*pairs: Encoded[PairRow]) -> dict[str, int]:
+    return {
+        "pairs": sum(len(part.rows) for part in pairs),
+        "cut prompts": sum(part.cut_prompts for part in pairs),
+        "cut answers": sum(part.cut_answers for part in pairs),
+    }
+
+
+def scored_from_pairs(pairs: list[PairRow], chosen: float = 1.0, rejected: float = 0.0) -> list[ScoredRow]:
+    """Each pair as two answers with the scores ``chosen`` and ``rejected``.
 
     The margin is left out: it may be 0 (unknown) or small, and a loss that parts the desirable answers from the
     others by a fixed score would then take chosen answers for rejected ones.
@@ -151,7 +168,7 @@ def scored_from_pairs(pairs: list[PairRow]) -> list[ScoredRow]:
             pair.prompt,
             [pair.chosen, pair.rejected],
             [pair.chosen_finished, pair.rejected_finished],
-            [1.0, 0.0],
+            [chosen, rejected],
         )
         for pair in pairs
     ]

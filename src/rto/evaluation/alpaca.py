@@ -97,7 +97,8 @@ def preference_from_text(reply: str | None, switched: bool) -> float:
 
 @dataclass(frozen=True)
 class Annotations:
-    """One model against the baseline on N instructions. ``name`` and ``baseline`` are None where no file told them.
+    """One model against the baseline on N instructions. ``name``, ``baseline`` and ``annotator``, the judge, are None
+    where no file told them.
 
     ``indexed_by`` says where ``index``, the instruction's number in the set, comes from: a column of the file, the
     instructions of a reference file, or the row's place in the file.
@@ -110,6 +111,7 @@ class Annotations:
     name: str | None = None
     baseline: str | None = None
     indexed_by: IndexedBy = "file"
+    annotator: str | None = None
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def read_reference(path: str | Path) -> list[dict[str, str]]:
 
 
 def _official(path: Path, name: str | None, reference: str | Path | None) -> Annotations:
-    models: dict[str, str | None] = {"generator_1": None, "generator_2": name}
+    models: dict[str, str | None] = {"generator_1": None, "generator_2": name, "annotator": None}
     instructions, numbers = [], []
     for where, row in _objects(path):
         instructions.append(_text(row, "instruction", where))
@@ -102,7 +102,7 @@ def _official(path: Path, name: str | None, reference: str | Path | None) -> Ann
                 )
             if known is not None and found is not None and found != known:
                 raise ValueError(
-                    f"{where}: {key} is {found!r}, not {known!r}: one file holds one model and one baseline"
+                    f"{where}: {key} is {found!r}, not {known!r}: one file holds one model, one baseline and one judge"
                 )
             if isinstance(found, str):
                 models[key] = found
@@ -114,7 +114,7 @@ def _official(path: Path, name: str | None, reference: str | Path | None) -> Ann
     index, indexed_by = _index(instructions, path, reference)
     preference, len_model, len_baseline = np.array(numbers, dtype=np.float64).T
     names = models["generator_2"], models["generator_1"]
-    return Annotations(np.array(index), preference, len_model, len_baseline, *names, indexed_by)
+    return Annotations(np.array(index), preference, len_model, len_baseline, *names, indexed_by, models["annotator"])
 
 
 def _index(instructions: list[str], path: Path, reference: str | Path | None) -> tuple[list[int], IndexedBy]:

@@ -39,7 +39,7 @@ class StoredAnswer:
 def judgment_files(path: str | Path, judge: str | None = None) -> list[Path]:
     """The JSONL files of a path: itself, those in it, or those of the one judge in its ``model_judgment``.
 
-    ``judge`` chooses between several. Raises ValueError when there is none or more than one.
+    ``judge``, as the judgments name it, chooses between several. Raises ValueError when there is none or more than one.
     """
     path = Path(path).expanduser()
     if path.is_file():
@@ -48,15 +48,21 @@ def judgment_files(path: str | Path, judge: str | None = None) -> list[Path]:
         raise ValueError(f"{path}: no such file or folder of judgments")
     if (path / "model_judgment").is_dir():
         judges = sorted(folder for folder in (path / "model_judgment").iterdir() if folder.is_dir())
-        chosen = [folder for folder in judges if judge is None or folder.name == judge]
+        chosen = [folder for folder in judges if judge is None or folder.name == judge_folder(judge)]
         if len(chosen) != 1:
             names = ", ".join(folder.name for folder in judges) or "none"
-            raise ValueError(f"{path / 'model_judgment'}: judges are {names}: name the folder of one of them")
+            wanted = "" if judge is None else f", and judgments of {judge} lie in {judge_folder(judge)}"
+            raise ValueError(f"{path / 'model_judgment'}: judges are {names}{wanted}: name the folder of one of them")
         path = chosen[0]
     files = sorted(path.glob("*.jsonl"))
     if not files:
         raise ValueError(f"{path}: no .jsonl files of judgments there")
     return files
+
+
+def judge_folder(judge: str) -> str:
+    """The name of a judge's folder in ``model_judgment``."""
+    return judge.replace("/", "_")
 
 
 def answer_folder(path: str | Path) -> Path | None:
@@ -145,17 +151,16 @@ def style_features(
 ) -> tuple[dict[str, dict[str, FeatureRow]], str]:
     """Feature rows by model and question, and whose tokens they count.
 
-    Stored counts are taken when every answer has them, else all answers are counted here: two counters in one ratio
-    would be a style of their own.
+    Stored counts are taken when every answer has them in the layout of ``scoring``, which is that of its tokenizer.
+    Else all answers are counted here: two counters in one ratio would be a style of their own.
     """
     everything = [answer for of_model in answers.values() for answer in of_model.values()]
-    if all(answer.metadata is not None for answer in everything):
-        names = sorted({ENCODINGS[answer.layout] for answer in everything})
+    if all(answer.metadata is not None and answer.layout == scoring for answer in everything):
         read = {
             model: {uid: features(answer.metadata or {}) for uid, answer in of_model.items()}
             for model, of_model in answers.items()
         }
-        return read, f"stored in the answer files ({' and '.join(names)})"
+        return read, f"stored in the answer files ({ENCODINGS[scoring]})"
     name, count = token_counter(scoring)
     counted = {
         model: {uid: features(style_metadata(answer.text, count)) for uid, answer in of_model.items()}

@@ -8,6 +8,7 @@ import os
 import random
 import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -112,10 +113,10 @@ class Caller:
             raise Failure(f"no connection, or it broke off: {error.__cause__ or error}") from error
         except openai.APIStatusError as error:
             raise self._refusal(error.status_code, error.response.headers, error.response.text, more) from error
-        return {name: self._clean(value) if name == "reply" else value for name, value in _fields(body).items()}
+        return _fields(body, self._clean)
 
     def _refusal(self, status: int, headers: Any, text: str, sent: dict[str, Any]) -> Exception:
-        said = self._clean(" ".join(text.split())[:300])
+        said = " ".join(self._clean(text).split())[:300]  # half a key, cut first, would be found no more
         if status in AGAIN or status >= 500:
             return Failure(f"status {status}: {said}", asked_wait(headers))
         if status in REFUSED:
@@ -154,8 +155,9 @@ class _Pace:
             self._next = max(self._next, time.monotonic() + seconds)
 
 
-def _fields(body: bytes) -> dict[str, Any]:
-    """The first choice of a chat completion. Raises Failure for half a reply, and for what is none."""
+def _fields(body: bytes, clean: Callable[[str], str]) -> dict[str, Any]:
+    """The first choice of a chat completion, its texts ``clean``. Raises Failure for half a reply, and for what is
+    none."""
     try:
         data = json.loads(body)
         choice = data["choices"][0]
@@ -164,10 +166,12 @@ def _fields(body: bytes) -> dict[str, Any]:
         top = {str(one["token"]): float(one["logprob"]) for one in reversed(told) if math.isfinite(one["logprob"])}
         served, finish = data.get("model"), choice.get("finish_reason")
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
-        raise Failure(f"the reply is no chat completion: {body[:100]!r}") from error
+        said = clean(body.decode("utf-8", "replace"))[:100]
+        raise Failure(f"the reply is no chat completion: {said!r}") from error
     if content is not None and not isinstance(content, str):
-        raise Failure(f"the reply is no text: {str(content)[:100]!r}")
-    return {"reply": content or "", "top": top or None, "finish": finish, "served": served}
+        raise Failure(f"the reply is no text: {clean(str(content))[:100]!r}")
+    texts = {"reply": content or "", "top": top or None, "finish": finish, "served": served}
+    return {name: clean(value) if isinstance(value, str) else value for name, value in texts.items()}
 
 
 def _utf8(text: str) -> str:

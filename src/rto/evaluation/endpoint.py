@@ -56,7 +56,11 @@ class Endpoint:
             raise ValueError("max_tokens, concurrency, per_minute and timeout must be above 0")
         if min(self.retries, self.top_logprobs, self.temperature) < 0 or self.per_minute == 0:
             raise ValueError("retries, top_logprobs and temperature may not be below 0, per_minute not 0")
-        parts = urlsplit(self.url)
+        try:
+            parts = urlsplit(self.url)
+            _ = parts.port  # read only now, and no number raises
+        except ValueError as error:
+            raise ValueError(f"base_url is no address, write http://HOST:PORT/v1: {error}") from error
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError("base_url is not an http:// or https:// address")
         if "@" in parts.netloc or parts.query or parts.fragment:
@@ -118,7 +122,7 @@ def ask_all(
         with closing(_replies(missing, endpoint)) as replies:
             for task, fields in replies:
                 row = {**task.about, "key": task.key, **fields, "judge": endpoint.model, "endpoint": endpoint.url}
-                row |= {"settings": endpoint.settings, "asked": asked[task.key], "time": _now()}
+                row |= {"settings": endpoint.settings, "asked": asked[task.key], "time": utc()}
                 _append(file, row)
                 found[task.key] = row
                 finished += 1
@@ -135,6 +139,15 @@ def read_rows(path: Path) -> list[Row]:
     """
     rows, _ = _parsed(path.read_bytes() if path.exists() else b"", path)
     return list({row["key"]: row for row in rows}.values())
+
+
+def asked_of(rows: Sequence[Row]) -> Row:
+    """What a report says of these rows: ``endpoint`` and ``served`` (lists), ``settings``, and ``judged``: the first
+    and the last time (UTC)."""
+    known = {key: sorted({row[key] for row in rows if row.get(key)}) for key in ("endpoint", "served", "time")}
+    settings = next((row["settings"] for row in rows if row.get("settings")), None)
+    times = known.pop("time")
+    return {**known, "settings": settings, "judged": [times[0], times[-1]] if times else [None, None]}
 
 
 def digest(value: Any) -> str:
@@ -263,5 +276,6 @@ def _append(file: IO[bytes], row: Row) -> None:
     os.fsync(file.fileno())
 
 
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+def utc(seconds: float | None = None) -> str:
+    """A Unix time as rows and reports have it; default: now."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))

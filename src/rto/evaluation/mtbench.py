@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rto.evaluation.endpoint import read_rows
+from rto.evaluation.endpoint import read_rows, utc
 from rto.evaluation.formats import read_records
 from rto.evaluation.mtbench_prompts import Turns
 from rto.evaluation.winrate import paired_bootstrap
@@ -29,6 +29,7 @@ CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction"
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}  # of the answers
 TEMPERATURES |= dict.fromkeys(("reasoning", "math", "coding", "extraction"), 0.0)
 OTHER_TEMPERATURE = 0.7
+ASKED = ("question_id", "judge", "template", "user_prompt", "turn", "time")  # keys of every reply
 FIRST = 81  # question_id of the first of the 80 published questions: ten a category, in the order of CATEGORIES
 
 _DOUBLE = re.compile(r"\[\[(\d+\.?\d*)\]\]")
@@ -92,7 +93,8 @@ def read_single(path: str | Path) -> list[Row]:
     Raises:
         ValueError: a row is something else, or a judge graded a turn twice.
     """
-    if replies := _replies(path):
+    if replies := read_replies(path):
+        _need(path, replies, (*ASKED, "model", "category"))
         return _once(path, single_judgments(replies))
     found = []
     for number, row in enumerate(read_records(path), 1):
@@ -111,13 +113,13 @@ def read_single(path: str | Path) -> list[Row]:
 
 def read_judgments(path: str | Path) -> tuple[Literal["single", "pair"], list[Row]]:
     """What kind of judgments a file holds, and they themselves. Raises as the readers of either kind."""
-    replies = _replies(path)
+    replies = read_replies(path)
     pair = "game" in replies[0] if replies else "g1_winner" in read_records(path)[0]
     return ("pair", read_pairs(path)) if pair else ("single", read_single(path))
 
 
-def _replies(path: str | Path) -> list[Row]:
-    """The rows of a file of replies; none of any other file."""
+def read_replies(path: str | Path) -> list[Row]:
+    """The rows of a file of replies that ``rto`` asked for; none of any other file."""
     file = Path(path).expanduser()
     if not file.is_file():
         raise ValueError(f"{path}: file not found (looked for {file.absolute()})")
@@ -125,9 +127,22 @@ def _replies(path: str | Path) -> list[Row]:
         return read_rows(file) if b'"reply":' in lines.readline() else []
 
 
+def _need(path: str | Path, rows: Sequence[Row], keys: Sequence[str]) -> None:
+    for number, row in enumerate(rows, 1):
+        if missing := [key for key in keys if key not in row]:
+            where = f"reply {row['key']!r}" if "reply" in row else f"row {number}"
+            raise ValueError(f"{path}, {where}: no MT-Bench judgment: it lacks {', '.join(missing)}")
+
+
 def _seconds(time: str) -> float:
     """The time of a reply as Unix seconds."""
     return datetime.fromisoformat(time.replace("Z", "+00:00")).timestamp()
+
+
+def judged(rows: Iterable[Row]) -> list[str | None]:
+    """The first and the last time (UTC) of judgments, where they tell it."""
+    times = [row["tstamp"] for row in rows if isinstance(row.get("tstamp"), (int, float))]
+    return [utc(min(times)), utc(max(times))] if times else [None, None]
 
 
 def _once(path: str | Path, rows: list[Row]) -> list[Row]:
@@ -264,11 +279,19 @@ def summarise_pairs(rows: Sequence[Row], rounds: int = 10_000, seed: int = 0) ->
 
 
 def read_pairs(path: str | Path) -> list[Row]:
-    """Rows of ``JUDGE_pair.jsonl``, or of a file of replies that ``rto`` asked for."""
-    if replies := _replies(path):
+    """Rows of ``JUDGE_pair.jsonl``, or of a file of replies that ``rto`` asked for.
+
+    Raises:
+        ValueError: a row is something else.
+    """
+    if replies := read_replies(path):
+        _need(path, replies, (*ASKED, "model_1", "model_2", "game"))
         return pair_judgments(replies)
     rows = read_records(path)
+    _need(path, rows, ("question_id", "model_1", "model_2", "judge"))
     for number, row in enumerate(rows, 1):
+        if not (isinstance(row["judge"], list) and row["judge"]):
+            raise ValueError(f"{path}, row {number}: judge = {row['judge']!r}: a list, [JUDGE, TEMPLATE]")
         winners = {row.get("g1_winner"), row.get("g2_winner")}
         if not winners <= {"model_1", "model_2", "tie", "error"}:
             raise ValueError(f"{path}, row {number}: winners {winners}, not model_1, model_2, tie or error")

@@ -45,7 +45,16 @@ def answer(
     budget: int,
     runtime: Runtime,
 ) -> Answers:
-    """``config.samples`` answers to each prompt. Row seeds are the same for every policy."""
+    """``config.samples`` answers to each prompt. Row seeds are the same for every policy.
+
+    Raises:
+        ValueError: a process would have no answer to make.
+    """
+    if len(prompts) * config.samples < runtime.world:
+        raise ValueError(
+            f"{len(prompts)} held-out prompts x evaluation.samples = {config.samples} are fewer answers than there are "
+            f"processes ({runtime.world}): raise one of them, or start fewer processes"
+        )
     mine = runtime.share([(row, k) for row in prompts for k in range(config.samples)])
     own = generate(
         role,
@@ -99,6 +108,7 @@ def compare_policies(
             "kl": p.kl,
             "finished": answers[p.name].completions.finished.float().mean().item(),
             "n": p.n,
+            "missing": p.missing,
         }
         for p in result.policies
     }

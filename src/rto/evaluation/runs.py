@@ -205,7 +205,10 @@ def _read_answers(path: Path, samples: int, kl: float, credit: Any) -> tuple[Pol
     if not path.exists():
         raise ValueError(f"{path}: no such file: run rto evaluate {path.parents[1]}")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # Not splitlines: answers may hold U+2028, U+2029 and U+0085, which JSON leaves as they are.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
             score = math.nan if row["score"] is None else float(row["score"])

@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 
 _PREFIX = "base_model.model."
 _HEAD = f"{_PREFIX}score.weight"
+# PEFT's settings that make another model of the same weights (DoRA, biases and the like show in the weights' names),
+# and its initialisations that leave the base model as it was.
+_VARIANTS = ("use_rslora", "rank_pattern", "alpha_pattern", "alora_invocation_tokens")
+_INITIALISATIONS = ("true", "false", "gaussian", "eva", "orthogonal", "mica")
 
 
 @dataclass(frozen=True)
@@ -88,10 +92,11 @@ def read_adapter(role: Role, folder: Path) -> None:
     """Fill a role's adapter, and its head if it has one, from a folder.
 
     Raises:
-        ValueError: the folder holds another shape of adapter, or no head for a role that has one.
+        ValueError: the folder holds another kind or shape of adapter, or no head for a role that has one.
     """
     refuse_pickles(folder)
     settings = json.loads((folder / "adapter_config.json").read_text())
+    _refuse_variants(settings, folder / "adapter_config.json")
     stored, own = load_file(folder / "adapter_model.safetensors"), _stored(role)
     if role.head is not None and _HEAD not in stored:
         raise ValueError(
@@ -113,6 +118,20 @@ def read_adapter(role: Role, folder: Path) -> None:
     with torch.no_grad():
         for key, parameter in own.items():
             parameter.copy_(stored[key])
+
+
+def _refuse_variants(settings: Mapping[str, Any], path: Path) -> None:
+    """Raises ValueError for an adapter that is not W + alpha / r B A on the base model as it is."""
+    odd = [key for key in _VARIANTS if settings.get(key)]
+    if settings.get("peft_type", "LORA") != "LORA":
+        odd.insert(0, "peft_type")
+    if str(settings.get("init_lora_weights", True)).lower() not in _INITIALISATIONS:
+        odd.append("init_lora_weights")
+    if odd:
+        raise ValueError(
+            f"{path}: {odd[0]} = {settings[odd[0]]!r} makes another model than plain LoRA, which is all that is read "
+            "here. Merge the adapter into its base model with peft's merge_and_unload, and name that folder"
+        )
 
 
 def _stored(role: Role) -> dict[str, torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 import os
 import shutil
@@ -17,7 +18,7 @@ from rto import config as recipe
 from rto.seeds import derive, global_torch
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def cache_folder() -> Path:
@@ -35,7 +36,7 @@ def locate(model: recipe.Pretrained | recipe.Packaged | recipe.Scratch) -> str:
 
 
 def dequantise(package: str, file: str) -> Path:
-    """A GGUF file inside an installed package as an ordinary float32 folder, written once.
+    """A GGUF file inside an installed package as an ordinary float32 folder, written once for what the file holds.
 
     Raises:
         ValueError: the package or the file in it is missing.
@@ -47,18 +48,22 @@ def dequantise(package: str, file: str) -> Path:
     if not source.exists():
         have = ", ".join(sorted(path.name for path in source.parent.glob("*.gguf"))) or "no GGUF file"
         raise ValueError(f"model.file = {file!r} is not in package {package!r}, which has {have}")
-    target = cache_folder() / "models" / source.stem
+    with source.open("rb") as opened:
+        digest = hashlib.sha1(usedforsecurity=False)  # it only tells files apart, and is quick
+        while block := opened.read(2**22):
+            digest.update(block)
+    target = cache_folder() / "models" / f"{package}-{source.stem}-{digest.hexdigest()[:12]}"
     if not (target / "config.json").exists():
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
-        network = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=file, dtype=torch.float32)
+        network = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
         for mark in ("quantization_config", "_pre_quantization_dtype"):  # it is no longer quantised
             if hasattr(network.config, mark):
                 delattr(network.config, mark)
         network.__dict__ |= {"hf_quantizer": None, "is_quantized": False}
         network.save_pretrained(partial)
-        AutoTokenizer.from_pretrained(source.parent, gguf_file=file).save_pretrained(partial)
+        AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(partial)
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             partial.rename(target)
@@ -69,11 +74,31 @@ def dequantise(package: str, file: str) -> Path:
     return target
 
 
-def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub model."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision)
+
+
+def revision_of(name: str, model: recipe.Pretrained | recipe.Packaged | recipe.Scratch) -> str | None:
+    """The revision of a hub model that is opened with ``model``: pinned where it is that one."""
+    return model.revision if isinstance(model, recipe.Pretrained) and name == model.name else None
+
+
+def tokenizer_at(name: str, model: recipe.Pretrained | recipe.Packaged | recipe.Scratch) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub model that is opened with ``model``: the trust in that one holds, and its
+    revision where it is that one.
+
+    Raises:
+        ValueError: there is none, or it may not be read.
+    """
+    trust = isinstance(model, recipe.Pretrained) and model.trust_remote_code
+    try:
+        return load_tokenizer(name, trust, revision_of(name, model))
+    except (OSError, ValueError) as error:
+        told = " ".join(str(error).split())
+        raise ValueError(f"{name}: its tokenizer, which must be beside it, cannot be read ({told})") from error
 
 
 def load_network(
@@ -131,12 +156,12 @@ def refuse_pickles(name: str | Path) -> None:
         )
 
 
-def is_classifier(name: str, trust: bool = False) -> bool:
+def is_classifier(name: str, trust: bool = False, revision: str | None = None) -> bool:
     """Whether a folder or hub model is a sequence classifier already, and not a causal LM to make one of."""
     from transformers import AutoConfig
 
     # Without a word on trust, transformers asks on the terminal.
-    return _classifies(AutoConfig.from_pretrained(name, trust_remote_code=trust))
+    return _classifies(AutoConfig.from_pretrained(name, trust_remote_code=trust, revision=revision))
 
 
 def _classifies(settings: Any) -> bool:
@@ -195,6 +220,22 @@ def without_dropout(network: PreTrainedModel) -> PreTrainedModel:
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
     return network.eval()
+
+
+def positions_of(settings: PreTrainedConfig) -> int | None:
+    """How many tokens a model reads at once, its rotary positions' scaling included; None: as many as one likes."""
+    settings = settings.get_text_config()
+    known = getattr(settings, "max_position_embeddings", None)
+    if not known:
+        return None
+    scaling = getattr(settings, "rope_parameters", None) or {}
+    found = [known]
+    for rope in (scaling, *scaling.values()):  # some families keep one for each type of layer
+        if isinstance(rope, dict):
+            if rope.get("rope_type") == "dynamic":  # it stretches with what it reads
+                return None
+            found.append(int((rope.get("factor") or 1) * (rope.get("original_max_position_embeddings") or known)))
+    return max(found)
 
 
 def has_vocabulary(ours: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rto import config as recipe
-from rto.models.load import locate, scratch_network, without_dropout
+from rto.models.load import locate, revision_of, scratch_network, without_dropout
 from rto.models.role import Backbone, Role
 from rto.models.runtime import MAPPED, ask_heap
 from rto.models.workshop import Workshop
@@ -164,11 +164,11 @@ class GhostWorkshop(Workshop):
             return int(self._network(self.base, "causal", torch.float32).get_output_embeddings().weight.shape[0])
 
     def _other(self, model: recipe.Pretrained | recipe.Packaged | recipe.Scratch) -> GhostWorkshop:
-        name = locate(model)
-        if name not in self._others:
-            other = GhostWorkshop(model, name, self.tokenizer, self.runtime, self.seed)
-            self._others[name] = other.begin(self.tally)
-        found = self._others[name]
+        key = model.model_dump_json()
+        if key not in self._others:
+            other = GhostWorkshop(model, locate(model), self.tokenizer, self.runtime, self.seed)
+            self._others[key] = other.begin(self.tally)
+        found = self._others[key]
         assert isinstance(found, GhostWorkshop)
         return found
 
@@ -225,7 +225,9 @@ class GhostWorkshop(Workshop):
                 return scratch.to(dtype)  # type: ignore[arg-type]
             settings = scratch.config
         else:
-            settings = AutoConfig.from_pretrained(name, trust_remote_code=self._trust)
+            settings = AutoConfig.from_pretrained(
+                name, trust_remote_code=self._trust, revision=revision_of(name, self.model)
+            )
         factory: Any = AutoModelForCausalLM
         if kind == "classifier":
             factory, settings.num_labels = AutoModelForSequenceClassification, 1

@@ -108,6 +108,7 @@ class Saver:
     writer: Writer = field(default_factory=Writer)
     beside: Callable[[], None] = lambda: None  # called on every process before a checkpoint is made
     state: SaverState = field(init=False, default_factory=SaverState)
+    first: int = field(init=False, default=0)  # of the loop: what was saved before it is of another one
 
     def begin(self, first: int, last: int, moving: Moving) -> None:
         """To be called before a loop over the steps after ``first``, to ``last``: it goes on from a checkpoint of one
@@ -121,6 +122,7 @@ class Saver:
                 f"{self.store.folder}: its checkpoint is of step {self.found.step}, the stage now ends with {last}: "
                 "give it more steps, or delete that folder to begin it again"
             )
+        self.first = first
         if self.found is not None and first <= self.found.step:
             moving.restore(self.found)
             self.state = SaverState(**self.found.state["saver"])
@@ -165,7 +167,6 @@ class Saver:
             self.state.good_step = step
         wanted = self._agreed()
         if good and step < last and (wanted is not None or step % self.every == 0):
-            self.beside()
             self._save(step, moving)
         if wanted is not None and step < last:
             self.writer.wait()
@@ -236,6 +237,7 @@ class Saver:
 
     def _save(self, step: int, moving: Moving) -> None:
         """Copies now, writes in the background: the loop waits for memory only, and for the write before."""
+        self.beside()
         if not self.runtime.main:
             return
         counted = {name: optimizer.step_count for name, optimizer in moving.optimizers.items()}
@@ -254,17 +256,26 @@ class Saver:
 
     def _rewind(self, moving: Moving) -> int:
         """To the newest checkpoint that a good step came after: an update may have spoilt the one that was saved right
-        after it. Where there is no such, to the newest."""
+        after it. Where this loop has no such, to its newest.
+
+        Raises:
+            ValueError: every checkpoint of this loop is damaged.
+        """
         self.writer.wait()
         self.runtime.wait()
         if self.runtime.main:
             steps = self.store.steps()
-            if any(step < (self.state.good_step or 0) for step in steps):
+            if any(self.first <= step < (self.state.good_step or 0) for step in steps):
                 for step in steps:
                     if step >= (self.state.good_step or 0):
                         self.store.discard(step)
         found = self._read(self.store)
         assert found is not None  # begin saved one
+        if found.step < self.first:
+            raise ValueError(
+                f"{self.store.folder}: no checkpoint from step {self.first} on, where this round began, is whole: give "
+                f"the same command again, it goes on from step {found.step}"
+            )
         moving.restore(found)
         self.state.good_step = found.step
         self._slow_down(moving)

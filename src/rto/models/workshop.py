@@ -12,7 +12,16 @@ from rto import config as recipe
 from rto.batch import Completions, Prompts
 from rto.models import checkpoint
 from rto.models.kernels import check_device, use_liger
-from rto.models.load import initialise_head, is_classifier, load_network, load_tokenizer, locate, same_vocabulary
+from rto.models.load import (
+    initialise_head,
+    is_classifier,
+    load_network,
+    locate,
+    positions_of,
+    revision_of,
+    same_vocabulary,
+    tokenizer_at,
+)
 from rto.models.role import Backbone, Role
 from rto.models.runtime import Runtime
 from rto.seeds import global_torch
@@ -82,7 +91,7 @@ class Workshop:
             role = self._adapter(name, head=True)
             checkpoint.read_adapter(role, Path(folder))
             return role
-        if not is_classifier(folder, self._trust):
+        if not is_classifier(folder, self._trust, revision_of(folder, self.model)):
             raise ValueError(f"{folder} is no one-label sequence classifier: train a scorer on it with `rto reward`")
         role = self._classifier(folder, trained)
         return role if trained else self._freeze(role)
@@ -107,12 +116,13 @@ class Workshop:
         return Role(backbone, head=backbone.network.score)  # type: ignore[arg-type]
 
     def _other(self, model: recipe.Pretrained | recipe.Packaged | recipe.Scratch) -> Workshop:
-        """The workshop around a scorer's own base model, the same for every role on it."""
-        name = locate(model)
-        if name not in self._others:
-            same_vocabulary(self.tokenizer, load_tokenizer(name), "scorer", name)
-            self._others[name] = Workshop(model, name, self.tokenizer, self.runtime, self.seed)
-        return self._others[name]
+        """The workshop around a scorer's own base model, the same for every role with these settings."""
+        key = model.model_dump_json()  # the same base with other settings is another model
+        if key not in self._others:
+            name = locate(model)
+            same_vocabulary(self.tokenizer, tokenizer_at(name, model), "scorer", name)
+            self._others[key] = Workshop(model, name, self.tokenizer, self.runtime, self.seed)
+        return self._others[key]
 
     @property
     def _trust(self) -> bool:
@@ -122,9 +132,7 @@ class Workshop:
         self, name: str, kind: Literal["causal", "classifier"], trained: bool, lora: recipe.Lora | None = None
     ) -> Backbone:
         compute = self.runtime.dtype(self.model.dtype)
-        revision = (
-            self.model.revision if isinstance(self.model, recipe.Pretrained) and name == self.model.name else None
-        )
+        revision = revision_of(name, self.model)
         network = load_network(
             name, kind, torch.float32 if trained else compute, self.seed, self.model.attention, revision, self._trust
         )
@@ -142,6 +150,17 @@ class Workshop:
     def _freeze(role: Role) -> Role:
         role.backbone.network.requires_grad_(False)
         return role
+
+
+def check_positions(backbone: Backbone, longest: int) -> None:
+    """Raises ValueError when a prompt and its answer, ``longest`` tokens together, are more than the model reads."""
+    positions = positions_of(backbone.network.config)
+    if positions is not None and longest > positions:
+        raise ValueError(
+            f"a prompt and its answer can be {longest} tokens together (data.max_prompt and data.max_response bound "
+            f"them), but {backbone.source or 'the new model'} has {positions} positions: lower one of the two, or choose "
+            "a model with more"
+        )
 
 
 @torch.no_grad()

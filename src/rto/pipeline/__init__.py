@@ -14,14 +14,14 @@ from pydantic import BaseModel
 from rto import config as recipe
 from rto import rewards
 from rto.config import Config
-from rto.data.chat import encode_prompts
 from rto.data.sources import Loaded, TextPrompt, read_prompts
 from rto.evaluation.policies import answer
 from rto.pipeline import contest, normalise, training
-from rto.pipeline.answers import policy_stage, sampling
+from rto.pipeline.answers import encode_all, policy_stage, sampling
 from rto.pipeline.job import Job, Step
 from rto.pipeline.lock import RunLock
-from rto.pipeline.resolve import guide_stage, resolve, scorer_stage, segment_scorers, terms_of
+from rto.pipeline.readers import open_policy
+from rto.pipeline.resolve import check_stages, guide_stage, resolve, scorer_stage, segment_scorers, terms_of
 from rto.recipe import nearest
 from rto.report.html import write_report
 from rto.rollouts.search import Score, Search, beam_search
@@ -47,8 +47,7 @@ def run(
     """
     config = resolve(config)
     wanted = list(stages or config.stages)
-    if "sft" in wanted and "sft" not in config.stages:
-        raise ValueError("the recipe's stages leave sft out, so its model is the reference: add 'sft' to stages first")
+    check_stages(config, wanted)
     job = Job(config, quiet, tuple(allow_changed))
     if wanted == ["report"] and not (job.folder / "config.json").exists():
         raise ValueError(f"{job.folder}: there is no run to report: do `rto run` first, or name its --output")
@@ -182,6 +181,8 @@ def generate(
     _check_search(search, {"sample": drawn, "beams": sought})
     if policy == "sft" and score == "implicit":
         raise ValueError("score = 'implicit' is 0 for every answer of sft, the reference itself: name another policy")
+    if prompts and file:
+        raise ValueError(f"--prompt and --prompts {file} do not go together: leave one of them out")
     settings = sampling(temperature, top_p)
     if limit is not None and limit < 1:
         raise ValueError(f"limit: at least 1 prompt (given: {limit})")
@@ -189,17 +190,17 @@ def generate(
     name, stage = policy_stage(job, policy)
     budget = batch_tokens or config.policy.reading_tokens
     shop = job.workshop()
-    role = shop.reference() if name == "sft" else shop.open_policy(job.path(stage), "generated")
+    role = shop.reference() if name == "sft" else open_policy(job, shop, stage, "generated")
     encoder = job.rows.encoder
     if prompts:
         chat = isinstance(config.data, recipe.Files)
         texts = [TextPrompt(i, [{"role": "user", "content": t}] if chat else t) for i, t in enumerate(prompts, 1)]
-        asked = encode_prompts(encoder, Loaded("--prompt", texts)).rows
+        asked = encode_all(encoder, Loaded("--prompt", texts[:limit])).rows
     elif file:
-        asked = encode_prompts(encoder, read_prompts(recipe.Files(prompts=file))).rows
+        texts = read_prompts(recipe.Files(prompts=file)).rows
+        asked = encode_all(encoder, Loaded(file, texts[:limit])).rows
     else:
-        asked = job.rows.test_prompts
-    asked = asked[:limit]
+        asked = job.rows.test_prompts[:limit]
     if search == "beams":
         found, scores = beam_search(
             role,

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from rto import config as recipe
 from rto.config import Config, Evaluation
-from rto.data.chat import Encoder, PromptRow, encode_prompts
+from rto.data.chat import Encoded, Encoder, PromptRow, encode_prompts
 from rto.data.layouts import Prompt
 from rto.data.sources import Loaded, TextPrompt
 from rto.evaluation.arena_style import APPROXIMATE, token_counter
@@ -24,6 +24,7 @@ from rto.evaluation.mtbench import OTHER_TEMPERATURE, TEMPERATURES
 from rto.models.checkpoint import fingerprint
 from rto.models.role import Role
 from rto.pipeline.job import Job, differences, write_json
+from rto.pipeline.readers import open_policy
 from rto.pipeline.resolve import guide_names, resolve
 from rto.recipe import explain, nearest
 from rto.rollouts.generate import SeedName, generate
@@ -129,7 +130,7 @@ def write_answers(
     told = {"made": len(todo), "kept": total - len(todo), "cut": 0, "empty": 0, "cut_prompts": 0}
     if todo:
         shop = job.workshop()
-        role = shop.reference() if stage == "sft" else shop.open_policy(place, "generated")
+        role = shop.reference() if stage == "sft" else open_policy(job, shop, stage, "generated")
         budget = batch_tokens or config.policy.reading_tokens
         writer = Writer(job, role, format, questions, settings, seed or 0, budget)
         with job.progress:
@@ -159,6 +160,15 @@ def _counter(layout: Format) -> tuple[tuple[str, Counter] | None, list[str]]:
         said = "token_len needs tiktoken and its tables in TIKTOKEN_CACHE_DIR: the style metadata is left out"
         return None, [said]
     return (name, count), []
+
+
+def encode_all(encoder: Encoder, asked: Loaded[TextPrompt]) -> Encoded[PromptRow]:
+    """Raises ValueError for a prompt that the encoder rejects: none is left out without a word."""
+    coded = encode_prompts(encoder, asked)
+    if coded.rejected:
+        bad = coded.rejected[0]
+        raise ValueError(f"{asked.file}, prompt {bad.row}: {bad.reason} ({bad.detail}); none may be left out")
+    return coded
 
 
 class Writer:
@@ -249,10 +259,7 @@ class Writer:
         if not chats:
             return [], 0
         texts = [TextPrompt(number, chat) for chat, (number, _) in zip(chats, asked, strict=True)]
-        coded = encode_prompts(self.encoder, Loaded(self.source, texts))
-        if coded.rejected:
-            bad = coded.rejected[0]
-            raise ValueError(f"{self.source}, question {bad.row}: {bad.reason} ({bad.detail}); none may be left out")
+        coded = encode_all(self.encoder, Loaded(self.source, texts))
         return coded.rows, coded.cut_prompts
 
     def _seed(self, asked: Asked, turn: int) -> SeedName:

@@ -16,7 +16,7 @@ from rto.config import Config
 from rto.data.chat import Encoder
 from rto.data.layouts import Prompt
 from rto.data.rows import Rows
-from rto.models.load import has_vocabulary, load_tokenizer, locate, same_vocabulary
+from rto.models.load import has_vocabulary, locate, same_vocabulary, tokenizer_at
 from rto.models.runtime import Runtime
 
 Level = Literal["ok", "note", "problem"]
@@ -134,21 +134,22 @@ def _end(config: Config, encoder: Encoder) -> Iterator[Check]:
 def _roles(config: Config, rows: Rows) -> Iterator[Check]:
     """Every role must read the policy's tokens; a scorer that does not is asked by text."""
     ours = rows.encoder.tokenizer
-    others: list[tuple[str, str, bool, bool]] = []  # role, name, may be bridged, its code is trusted
+    others: list[tuple[str, str, bool, Any]] = []  # role, name, may be bridged, the model that it is opened with
     for stage, guide in config.preferences().items():
         if guide.checkpoint is not None:
-            others.append((f"guide {stage}", guide.checkpoint, False, False))
+            others.append((f"guide {stage}", guide.checkpoint, False, config.model))
     for stage, scorer in config.rewards().items():
         if scorer.checkpoint is not None:
-            others.append((f"scorer {stage}", scorer.checkpoint, scorer.model is None, False))
+            others.append((f"scorer {stage}", scorer.checkpoint, scorer.model is None, scorer.model or config.model))
         if scorer.model is not None and not isinstance(scorer.model, recipe.Scratch):
-            others.append((f"scorer {stage}", locate(scorer.model), False, _trusted(scorer.model)))
+            others.append((f"scorer {stage}", locate(scorer.model), False, scorer.model))
     oracle = config.evaluation.oracle
     if isinstance(oracle, recipe.ModelOracle):
-        others.append(("oracle", oracle.name, False, oracle.trust_remote_code))
-    for role, name, bridged, trust in others:
+        model = recipe.Pretrained(name=oracle.name, trust_remote_code=oracle.trust_remote_code)
+        others.append(("oracle", oracle.name, False, model))
+    for role, name, bridged, model in others:
         try:
-            theirs = load_tokenizer(name, trust)
+            theirs = tokenizer_at(name, model)
             if bridged and not has_vocabulary(ours, theirs):
                 said = "has another tokenizer: answers go to it as text, and its rewards come back by characters"
                 yield Check(f"tokenizer of {role}", "note", f"{name} {said}")

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
+from statistics import fmean
 from typing import Any
+
+import torch
 
 from rto import config as recipe
 from rto.batch import Completions, Signals
@@ -15,11 +19,11 @@ from rto.evaluation import policies as contest
 from rto.evaluation.runs import used_in_training
 from rto.evaluation.winrate import without_nan
 from rto.models.checkpoint import read_notes
-from rto.models.load import load_tokenizer, same_vocabulary
+from rto.models.load import same_vocabulary, tokenizer_at
 from rto.models.role import Role
 from rto.models.workshop import Workshop
 from rto.pipeline.job import Job, write_json
-from rto.pipeline.readers import make_reader
+from rto.pipeline.readers import make_reader, open_policy
 from rto.pipeline.resolve import guide_names, term_functions, terms_of
 from rto.recipe import complete
 from rto.report.log import read_metrics
@@ -29,6 +33,7 @@ from rto.rollouts.score import token_logprobs
 from rto.rollouts.signals import Reader, missing
 
 SHOWN = 4  # answers of each policy whose credit the report shows
+Failure = Callable[[], str | None]  # why an oracle's latest scores are missing, where it knows
 
 
 def evaluate(job: Job) -> str:
@@ -39,7 +44,7 @@ def evaluate(job: Job) -> str:
     asked = [row for row in prompts for _ in range(settings.samples)]
     truth = token_rewards if isinstance(config.data, recipe.World) else None
     reference = shop.reference()
-    judge, description = _judge(job, shop, truth)
+    judge, description, failure = _judge(job, shop, truth)
 
     places = contestants(job)
     answers: dict[str, contest.Answers] = {}
@@ -48,15 +53,15 @@ def evaluate(job: Job) -> str:
     table: dict[str, Any] = {}
     opened: dict[str, Any] = {"reference": reference}
     job.progress.start("evaluate", len(places))
-    for number, (name, place) in enumerate(places.items(), 1):
-        role = reference if place is None else shop.open_policy(place, f"policy{number}")
+    for number, (name, stage) in enumerate(places.items(), 1):
+        role = reference if stage == "sft" else open_policy(job, shop, stage, f"policy{number}")
         answers[name] = contest.answer(role, prompts, settings, rows.encoder, config.seed, budget, job.runtime)
-        scores[name] = judge(asked, answers[name].completions)
+        scores[name] = _scores(job, judge, failure, name, asked, answers[name].completions)
         kls[name] = contest.kl_to_reference(role, reference, answers[name], budget)
         credit = _credit(job, shop, opened, name, role, prompts, answers, truth)
         views += credit[0]
         table |= credit[1]
-        job.progress.update(number, {"score": sum(scores[name]) / len(scores[name])})
+        job.progress.update(number, {"score": fmean(score for score in scores[name] if not math.isnan(score))})
         job.check_stop()
 
     views.sort(key=lambda view: view["policy"] != config.policy.method)  # the run's own method first
@@ -70,14 +75,14 @@ def evaluate(job: Job) -> str:
     return "evaluation"
 
 
-def contestants(job: Job) -> dict[str, str | None]:
-    """Every finished policy by name, with its folder: sft (None), the guides, then RL's."""
+def contestants(job: Job) -> dict[str, str]:
+    """Every finished policy by name, with its stage: sft, the guides, then RL's."""
     config, done = job.config, job.finished()
-    places: dict[str, str | None] = {"sft": None}
+    places = {"sft": "sft"}
     for name, stage in guide_names(config).items():
         if stage in done or config.preferences()[stage].checkpoint is not None:
-            places[name] = job.path(stage)
-    return places | {name: job.path(f"rl/{name}") for name in config.policies() if f"rl/{name}" in done}
+            places[name] = stage
+    return places | {name: f"rl/{name}" for name in config.policies() if f"rl/{name}" in done}
 
 
 def _credit(
@@ -126,12 +131,38 @@ def _signals(
     return completions.rows(keep), signals, [prompts[i] for i in keep.tolist()]
 
 
-def _judge(job: Job, shop: Workshop, truth: contest.Truth | None) -> tuple[contest.Oracle, str]:
-    """The oracle and what the report says of it."""
+def _scores(
+    job: Job,
+    judge: contest.Oracle,
+    failure: Failure,
+    name: str,
+    asked: Sequence[PromptRow],
+    completions: Completions,
+) -> list[float]:
+    """The oracle's score of each answer, NaN where it gave none. Every process asks for its share.
+
+    Raises:
+        ValueError: there is no score at all.
+    """
+    runtime = job.runtime
+    own = judge(runtime.share(list(asked)), completions.rows(slice(runtime.rank, None, runtime.world)))
+    found = runtime.gather_rows({"scores": torch.tensor(own, dtype=torch.float64)})["scores"].tolist()
+    missing = sum(map(math.isnan, found))
+    if missing:
+        reason = next((said for said in runtime.gather_all(failure()) if said), "it gave null, None or NaN")
+        told = f"the oracle gave no score for {missing} of {len(found)} answers of {name}: {reason}"
+        if missing == len(found):
+            raise ValueError(f"{told}. See to [evaluation.oracle], then run rto evaluate again")
+        job.tell(told)
+    return found
+
+
+def _judge(job: Job, shop: Workshop, truth: contest.Truth | None) -> tuple[contest.Oracle, str, Failure]:
+    """The oracle, what the report says of it, and what it last failed with."""
     settings, budget = job.config.evaluation.oracle, job.config.policy.reading_tokens
     if isinstance(settings, recipe.WorldOracle):
         assert truth is not None
-        return contest.judge_by_truth(truth, job.rows.encoder), "the tiny world's own reward, exact"
+        return contest.judge_by_truth(truth, job.rows.encoder), "the tiny world's own reward, exact", _no_failure
     if isinstance(settings, recipe.HeldoutOracle):
         folder = job.path("oracle")
         notes = read_notes(folder)
@@ -140,31 +171,54 @@ def _judge(job: Job, shop: Workshop, truth: contest.Truth | None) -> tuple[conte
             f"a scorer trained on {len(job.rows.oracle_pairs)} pairs that no other stage saw; it is right on "
             f"{notes.accuracy:.1%} of {notes.pairs} held-out pairs; scores in standard deviations"
         )
-        return lambda prompts, c: [(score - notes.mean) / notes.std for score in raw(prompts, c)], said
+        return lambda prompts, c: [(score - notes.mean) / notes.std for score in raw(prompts, c)], said, _no_failure
     if isinstance(settings, recipe.FunctionOracle):
         function = load_function(settings.function)
         ask = partial(call_function, function, settings.function)
-        return contest.judge_by_words(ask, job.rows.encoder), f"the function {settings.function}"
+        return contest.judge_by_words(ask, job.rows.encoder), f"the function {settings.function}", _no_failure
     if isinstance(settings, recipe.HttpOracle):
         server = HttpScorer(settings.url, settings.timeout, settings.retries, settings.batch)
-        return contest.judge_by_words(server.score, job.rows.encoder), f"the server {settings.url}"
-    same_vocabulary(job.tokenizer, load_tokenizer(settings.name), "oracle", settings.name)
+        oracle = contest.judge_by_words(server.score, job.rows.encoder)
+        return oracle, f"the server {server.name}", lambda: server.last_failure
     model = recipe.Pretrained(name=settings.name, trust_remote_code=settings.trust_remote_code)
+    same_vocabulary(job.tokenizer, tokenizer_at(settings.name, model), "oracle", settings.name)
     own = Workshop(model, settings.name, job.tokenizer, job.runtime, job.config.seed)
-    return contest.judge_by(own.open_scorer(settings.name, "oracle", None, trained=False), budget), settings.name
+    scorer = own.open_scorer(settings.name, "oracle", None, trained=False)
+    return contest.judge_by(scorer, budget), settings.name, _no_failure
+
+
+def _no_failure() -> None:
+    """A model or function that fails ends the evaluation at once."""
 
 
 def _accuracies(job: Job) -> dict[str, float | None]:
-    """Accuracy of guide, scorer and oracle on the held-out pairs."""
-    config = job.config
+    """Accuracy of guide, scorer and oracle on the held-out pairs; None for one that was not trained here."""
+    config, done = job.config, job.finished()
     stages = {"guide": "prefer", "scorer": "reward", "oracle": "oracle"}
     stages |= {f"guide {name}": f"prefer/{name}" for name in config.guides}
     stages |= {f"scorer {name}": f"reward/{name}" for name in config.scorers}
+    sections: dict[str, recipe.Trained] = {**config.preferences(), **config.rewards()}
+    finished = {stage for stage, section in sections.items() if section.checkpoint is not None}
     found: dict[str, float | None] = {}
     for name, stage in stages.items():
-        rows = [row for row in read_metrics(job.folder, stage) if "eval_accuracy" in row]
-        found[name] = rows[-1]["eval_accuracy"] if rows else None
+        if stage not in done or stage in finished:
+            found[name] = None
+        elif stage in config.preferences():
+            found[name] = _guide_accuracy(job, stage)
+        else:
+            found[name] = read_notes(job.path(stage)).accuracy
     return found
+
+
+def _guide_accuracy(job: Job, stage: str) -> float | None:
+    """Of the step whose weights the guide has: the last one, or the first of the best."""
+    best = job.config.preferences()[stage].best
+    rows = [row for row in read_metrics(job.folder, stage) if "eval_accuracy" in row]
+    if best is None or not rows:
+        return rows[-1]["eval_accuracy"] if rows else None
+    finite = [row for row in rows if row[best.metric] is not None]  # nothing else is ever the best
+    choose = max if best.goal == "max" else min
+    return choose(finite, key=lambda row: row[best.metric])["eval_accuracy"]
 
 
 def _write_answers(

@@ -29,16 +29,16 @@ from rto.pipeline.passes import (
     asked_prompts,
     heaviest,
     heaviest_minibatch,
-    iterations,
     longest_answers,
     one_update,
     read,
     sample,
 )
 from rto.pipeline.resolve import guide_stage, scorer_stage, terms_of
-from rto.policy.train import reads_values
+from rto.policy.train import planned, reads_values
 from rto.policy.update import Learner
 from rto.preferences import PREFERENCE_LOSSES, REWARD_LOSSES
+from rto.preferences.groups import pair_scores
 from rto.preferences.objectives import PairObjective, SftObjective
 from rto.preferences.train import evaluate, gradients, objective_for, reads_groups
 
@@ -103,7 +103,9 @@ class Rehearsal:
     def _size(training: recipe.Reward, cutoff: float | None) -> tuple[Any, ...]:
         """What the memory of a scorer's training depends on, its rows aside, which fill the same micro-batches."""
         steps = training.max_steps or math.inf
-        return (training.model, cutoff is None, training.micro_tokens, training.batch, training.optimizer, steps > 1)
+        model = training.model and training.model.model_dump_json()  # lora.targets may be a list, which no key can hold
+        read = cutoff is None, cutoff == 0
+        return (model, *read, training.micro_tokens, training.batch, training.optimizer, steps > 1)
 
     # --- stages -----------------------------------------------------------------------------------------
 
@@ -121,10 +123,9 @@ class Rehearsal:
         rows: Sequence[Any] = self.rows.pairs
         held_out: Sequence[Any] = self.rows.test_pairs
         if reads_groups(loss):
-            rows, held_out = (
-                self.rows.scored or scored_from_pairs(self.rows.pairs),
-                scored_from_pairs(self.rows.test_pairs),
-            )
+            scores = pair_scores(loss, _options(training.loss))
+            rows = self.rows.scored or scored_from_pairs(self.rows.pairs, *scores)
+            held_out = scored_from_pairs(self.rows.test_pairs, *scores)
         if training.rounds.count > 1 and role.adapter is not None:
             reference = shop.open("follower", "policy", trained=False)
         objective = objective_for(role, loss, _options(training.loss), self.rows.encoder.pad, reference)
@@ -134,7 +135,7 @@ class Rehearsal:
         shop, tally = self._shop()
         role = (shop._other(training.model) if training.model else shop).open("scorer", "scorer", trained=True)
         if cutoff is not None:
-            role = SegmentScorer(role, shop.reference(), cutoff)
+            role = SegmentScorer(role, shop.reference() if cutoff else None, cutoff)
         loss = REWARD_LOSSES[training.loss["type"]]
         objective = PairObjective(role, loss, _options(training.loss), self.rows.encoder.pad)
         return self._fit(tally, stage, objective, rows, training, self.rows.test_pairs)
@@ -166,7 +167,9 @@ class Rehearsal:
                 one_update(update_with, minibatch, policy, self.runtime)
                 for called, optimizer in optimizers.items():
                     _name_moments(tally, optimizer, called)
-            copies = self._copy(tally, optimizers.values(), policy, iterations(policy, len(self.rows.prompts)))
+            copies = self._copy(
+                tally, optimizers.values(), policy, planned(policy, len(self.rows.prompts), critic=False)
+            )
             if copies:
                 tally.label = PASS
                 one_update(update_with, minibatch, policy, self.runtime)
@@ -234,7 +237,9 @@ class Rehearsal:
         settings = self.config.rewards()[stage]
         finished = self._full(settings.checkpoint)
         if finished is not None:
-            return self._beside(shop, finished).open(called, "scorer", trained, finished)
+            model = settings.model or self.config.model  # which it will be opened with
+            trust = isinstance(model, recipe.Pretrained) and model.trust_remote_code
+            return self._beside(shop, finished, trust).open(called, "scorer", trained, finished)
         return (shop._other(settings.model) if settings.model else shop).open(called, "scorer", trained)
 
     @staticmethod

@@ -42,7 +42,7 @@ def fit_normaliser(job: Job, stage: str, settings: Reward) -> str:
     _, entropy = logprobs_and_entropy(reference, answers, budget)
     ends = segment_ends(entropy, answers.mask, answers.finished, settings.cutoff)
     if isinstance(scorer, ForeignScorer):
-        values = scorer.token_scores(answers, prompts)
+        values = scorer.token_scores(answers, prompts, budget)
     else:
         values = token_values(scorer, answers, budget)
     # The floor is a share: scorers differ in the scale of their values, and a young one's are all small.

@@ -12,7 +12,7 @@ from rto.data.collate import collate_completions
 from rto.data.layouts import Prompt
 from rto.numerics import masked_sum
 from rto.pipeline.job import Job
-from rto.pipeline.readers import adapter_name, open_scorer
+from rto.pipeline.readers import adapter_name, open_policy, open_scorer
 from rto.pipeline.resolve import term_functions
 from rto.recipe import complete, nearest
 from rto.rollouts.score import token_logprobs
@@ -46,7 +46,7 @@ def score_pairs(
     shop = job.workshop()
     reference = shop.reference()
     if role == "guide":
-        guide = shop.open_policy(job.path(stage), adapter_name(stage))
+        guide = open_policy(job, shop, stage, adapter_name(stage))
         ratios = token_logprobs(guide, completions, budget) - token_logprobs(reference, completions, budget)
         scores = masked_sum(ratios, completions.mask)
     else:

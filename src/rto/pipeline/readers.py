@@ -9,7 +9,7 @@ from typing import Any
 from rto import rewards
 from rto.config import Policy, Spec
 from rto.models.checkpoint import fingerprint, read_notes
-from rto.models.load import has_vocabulary, load_tokenizer
+from rto.models.load import has_vocabulary, same_vocabulary, tokenizer_at
 from rto.models.role import Role
 from rto.models.workshop import Workshop
 from rto.pipeline.job import Job
@@ -31,7 +31,7 @@ def make_reader(
         opened["reference"] = shop.reference()
     at_guide, at_scorer = guide_stage(policy), scorer_stage(policy)
     if "guide" in needed and at_guide not in opened:
-        opened[at_guide] = shop.open_policy(job.path(at_guide), adapter_name(at_guide))
+        opened[at_guide] = open_policy(job, shop, at_guide, adapter_name(at_guide))
     attended = any(term["type"] == "attention" and term["reader"] == "scorer" for term in rewards.live(terms))
     scored = needed & {"scores", "segments"} or attended
     key = f"{at_scorer} segments" if "segments" in needed else at_scorer
@@ -52,6 +52,18 @@ def make_reader(
 def adapter_name(stage: str) -> str:
     """The name of a stage's adapter on the backbone."""
     return stage.replace("/", "_")
+
+
+def open_policy(job: Job, shop: Workshop, stage: str, name: str) -> Role:
+    """The finished guide or policy of a stage, frozen, as the adapter ``name``.
+
+    Raises:
+        ValueError: a checkpoint has another tokenizer than the policy.
+    """
+    folder, guide = job.path(stage), job.config.preferences().get(stage)
+    if guide is not None and guide.checkpoint is not None:
+        same_vocabulary(job.tokenizer, tokenizer_at(folder, job.config.model), f"guide {stage}", folder)
+    return shop.open_policy(folder, name)
 
 
 def open_scorer(
@@ -80,8 +92,10 @@ def open_scorer(
 def open_role(job: Job, shop: Workshop, stage: str) -> Role | ForeignScorer:
     """A finished scorer, frozen; a checkpoint may have another tokenizer than the policy."""
     settings, folder = job.config.rewards()[stage], job.path(stage)
-    if settings.checkpoint is not None and not has_vocabulary(job.tokenizer, load_tokenizer(folder)):
-        return ForeignScorer.open(folder, job.rows.encoder, job.runtime, job.config.policy.reading_tokens)
+    if settings.checkpoint is not None:
+        theirs = tokenizer_at(folder, settings.model or job.config.model)
+        if not has_vocabulary(job.tokenizer, theirs):
+            return ForeignScorer.open(folder, job.rows.encoder, job.runtime)
     return shop.open_scorer(folder, adapter_name(stage), settings.model, trained=False)
 
 

@@ -29,6 +29,14 @@ def shortened(config: Config, steps: int, folder: Path) -> Config:
     changes: dict[str, Any] = {
         name: getattr(config, name).model_copy(update=few) for name in ("sft", "prefer", "reward", "policy")
     }
+    for named in ("guides", "scorers", "baselines"):  # which may have a max_steps of their own
+        changes[named] = {name: changed | few for name, changed in getattr(config, named).items()}
+    policies = config.policies()  # in which a warm-up must leave the policy a step
+    sooner = {name: {"warmup": min(policy.critic.warmup, steps - 1)} for name, policy in policies.items()}
+    critic = config.policy.critic.model_copy(update=sooner[config.policy.method])
+    changes["policy"] = changes["policy"].model_copy(update={"critic": critic})
+    for name, changed in changes["baselines"].items():
+        changed["critic"] = {**changed.get("critic", {}), **sooner[name]}
     changes |= {"stages": trained, "output": str(folder)}
     changes["checkpoints"] = config.checkpoints.model_copy(update={"every": 1, "rl_every": 1})
     return config.model_copy(update=changes)

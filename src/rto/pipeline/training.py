@@ -15,18 +15,19 @@ from rto.data.rows import scored_from_pairs
 from rto.data.worlds import token_rewards
 from rto.evaluation.policies import judge_by_truth
 from rto.models.checkpoint import ScorerNotes, merged, save_notes
-from rto.models.load import load_tokenizer, locate, same_vocabulary, scratch_network
+from rto.models.load import locate, same_vocabulary, scratch_network, tokenizer_at
 from rto.models.memory import Budget
 from rto.models.role import Role
 from rto.models.segment import SegmentScorer
 from rto.models.trunk import TrunkCritic
-from rto.models.workshop import Workshop, verify
+from rto.models.workshop import Workshop, check_positions, verify
 from rto.pipeline.job import Job
 from rto.pipeline.readers import adapter_name, make_reader
 from rto.pipeline.resolve import guide_stage, scorer_stage
 from rto.policy import train as rl_loop
 from rto.preferences import PREFERENCE_LOSSES, REWARD_LOSSES, rebel
 from rto.preferences.cache import ReferenceCache, fingerprint
+from rto.preferences.groups import pair_scores
 from rto.preferences.objectives import PairObjective, SftObjective
 from rto.preferences.rounds import copy_weights, fit_rounds
 from rto.preferences.train import fit, objective_for, reads_groups
@@ -41,6 +42,7 @@ def sft(job: Job) -> str:
     else:
         role = Workshop(model, locate(model), job.tokenizer, job.runtime, config.seed).new_policy("sft")
     verify(role, rows.encoder.end)
+    _fits([row.longest for row in rows.answers], role)
     _fit(job, "sft", SftObjective(role, rows.encoder.pad), rows.answers, config.sft)
     if role.adapter is not None:
         role = merged(role)
@@ -57,9 +59,12 @@ def prefer(job: Job, stage: str, settings: Prefer) -> str:
     read: Sequence[Any] = rows.pairs
     held_out: Sequence[Any] = rows.test_pairs
     if reads_groups(loss):
-        read, held_out = rows.scored or scored_from_pairs(rows.pairs), scored_from_pairs(rows.test_pairs)
+        scores = pair_scores(loss, _options(settings.loss))
+        read = rows.scored or scored_from_pairs(rows.pairs, *scores)
+        held_out = scored_from_pairs(rows.test_pairs, *scores)
     elif loss is rebel or settings.loss.get("use_margin"):
         need_margins(rows.pairs, f"{stage}: the loss {settings.loss['type']}")
+    _fits([row.longest for row in [*read, *held_out]], role, reference)
     cache = None
     if settings.cache_reference:
         cache = ReferenceCache(job.folder / "reference_cache.safetensors", "")  # objective() names the reference
@@ -118,7 +123,8 @@ def _scorer(job: Job, stage: str, settings: Reward, pairs: Sequence[PairRow], se
         need_margins(pairs, f"{stage}: use_margin")
     role = shop.new_scorer(adapter_name(stage), settings.model)
     if settings.cutoff is not None:
-        role = SegmentScorer(role, shop.reference(), settings.cutoff)
+        role = SegmentScorer(role, shop.reference() if settings.cutoff else None, settings.cutoff)
+    _fits([row.longest for row in [*pairs, *rows.test_pairs]], role)
     loss = REWARD_LOSSES[settings.loss["type"]]
     objective = PairObjective(role, loss, _options(settings.loss), rows.encoder.pad)
     frozen = {"reference": job.base}
@@ -158,10 +164,14 @@ def rl(job: Job, name: str, policy: Policy, terms: list[Spec]) -> str:
         frozen["guide"] = job.path(guide_stage(policy))
     if reader.scorer is not None:
         frozen["scorer"] = job.path(scorer_stage(policy))
+    critic = _critic(job, shop, policy, learner) if rl_loop.reads_values(policy) else None
+    scorer = reader.scorer.role if reader.scorer is not None else None
+    answered = [len(row.ids) + rows.encoder.max_response for row in rows.prompts]
+    _fits(answered, learner, critic, reader.guide, scorer if isinstance(scorer, Role) else None)
     rl_loop.train(
         f"rl/{name}",
         learner,
-        _critic(job, shop, policy, learner) if rl_loop.reads_values(policy) else None,
+        critic,
         reader,
         rows.prompts,
         policy,
@@ -177,15 +187,22 @@ def rl(job: Job, name: str, policy: Policy, terms: list[Spec]) -> str:
     return f"rl/{name}"
 
 
+def _fits(lengths: Sequence[int], *roles: Role | None) -> None:
+    """Raises ValueError where a role has fewer positions than the longest sequence has tokens."""
+    for role in roles:
+        if role is not None:
+            check_positions(role.backbone, max(lengths))
+
+
 def _critic(job: Job, shop: Workshop, policy: Policy, learner: Role) -> Role:
     if policy.critic.trunk != "own":
         return TrunkCritic(learner, job.config.seed, detached=policy.critic.trunk == "detached")
     if policy.critic.init == "reference":
         return shop.new_scorer("critic", None)
     stage = scorer_stage(policy)
-    folder = job.path(stage)
-    same_vocabulary(job.tokenizer, load_tokenizer(folder), "critic", folder)
-    return shop.open_scorer(folder, "critic", job.config.rewards()[stage].model, trained=True)
+    folder, model = job.path(stage), job.config.rewards()[stage].model
+    same_vocabulary(job.tokenizer, tokenizer_at(folder, model or job.config.model), "critic", folder)
+    return shop.open_scorer(folder, "critic", model, trained=True)
 
 
 def _options(spec: Spec) -> Spec:

@@ -66,14 +66,14 @@ def planned(config: Policy, prompts: int, critic: bool, processes: int = 1, wher
     iterations = min(iterations, config.max_steps or iterations)
     if critic and config.critic.warmup >= iterations:
         raise ValueError(
-            f"{where}: critic.warmup = {config.critic.warmup} leaves none of the {iterations} iterations to the policy, "
-            "which would stay as it is: lower it, or raise epochs or max_steps"
+            f"{where}: critic.warmup = {config.critic.warmup} leaves none of the {iterations} iterations to the "
+            "policy, which would stay as it is: lower it, or raise epochs or max_steps"
         )
     shared = config.rollouts // (config.group if "greedy" in _wanted(config) else 1)
     if shared < processes:
         raise ValueError(
-            f"{where}: an iteration of rollouts = {config.rollouts} has {shared} rows for {processes} processes to share: "
-            "raise rollouts, or start fewer processes"
+            f"{where}: an iteration of rollouts = {config.rollouts} has {shared} rows for {processes} processes to "
+            "share: raise rollouts, or start fewer processes"
         )
     return iterations
 

@@ -22,7 +22,8 @@ class ReferenceCache:
     """Summed log-probs by sha256 of (``fingerprint``, prompt ids, answer ids), in one safetensors file.
 
     ``fingerprint`` names the reference (see :func:`fingerprint`); where the reference moves, set it anew. What another
-    reference said may lie in the same file and is never found.
+    reference said may lie in the same file and is never found. Every process has one; after :meth:`share` all know the
+    same, whichever process meets an answer next.
 
     Raises:
         ValueError: the file is there and is no such cache.
@@ -31,6 +32,7 @@ class ReferenceCache:
     def __init__(self, path: str | Path, fingerprint: str) -> None:
         self.path, self.fingerprint = Path(path), fingerprint
         self.known: dict[bytes, float] = {}
+        self.added: dict[bytes, float] = {}  # since they were shared
         if self.path.exists():
             try:
                 stored = load_file(self.path)
@@ -46,17 +48,25 @@ class ReferenceCache:
         """The log-prob of each (prompt, answer). ``compute`` gives all of them, and is called if any is unknown."""
         keys = [self._key(*ids) for ids in answers]
         if not all(key in self.known for key in keys):
-            self.known.update(zip(keys, compute().tolist(), strict=True))
+            read = dict(zip(keys, compute().tolist(), strict=True))
+            self.known.update(read)
+            self.added.update(read)
         return torch.tensor([self.known[key] for key in keys], dtype=torch.float32)
+
+    def share(self, runtime: Runtime) -> None:
+        """Give every process what the others added. To be called by all of them at the same place."""
+        for part in runtime.gather_all(self.added):
+            self.known.update(part)
+        self.added = {}
 
     def save(self, runtime: Runtime) -> None:
         """Write what all processes know: all of it or nothing."""
-        known = {key: value for part in runtime.gather_all(self.known) for key, value in part.items()}
-        if runtime.main and known:
-            keys = torch.frombuffer(bytearray(b"".join(known)), dtype=torch.uint8).reshape(-1, 32)
+        self.share(runtime)
+        if runtime.main and self.known:
+            keys = torch.frombuffer(bytearray(b"".join(self.known)), dtype=torch.uint8).reshape(-1, 32)
             partial = self.path.with_suffix(".partial")
             partial.parent.mkdir(parents=True, exist_ok=True)
-            save_file({"keys": keys, "values": torch.tensor(list(known.values()))}, partial)
+            save_file({"keys": keys, "values": torch.tensor(list(self.known.values()))}, partial)
             os.replace(partial, self.path)
         runtime.wait()
 

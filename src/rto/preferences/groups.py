@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -24,6 +27,13 @@ READABLE_GROUP = {
     "there": "[B, N], bool: the row has that answer",
     "baseline": "[B], mean log-ratio of mismatched prompts and answers of the global batch",
 }
+
+
+def pair_scores(loss: Callable[..., Tensor], options: dict[str, Any]) -> tuple[float, float]:
+    """Scores by which the loss takes a pair's chosen answer as good and its rejected one as bad: either side of KTO's
+    ``desirable_above``, MPPO's ``full_score`` and 0."""
+    above = option(loss, options, "desirable_above", 0.5)
+    return option(loss, options, "full_score", above + 0.5), above - 0.5
 
 
 class GroupObjective(Compared):

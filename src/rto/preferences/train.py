@@ -26,7 +26,7 @@ from rto.models.saver import Moving, Saver
 from rto.optim import Optimizer
 from rto.preferences.cache import ReferenceCache
 from rto.preferences.groups import GroupObjective
-from rto.preferences.objectives import Objective, PairObjective, Prepared, SftObjective, Sums, reads
+from rto.preferences.objectives import Compared, Objective, PairObjective, Prepared, SftObjective, Sums, reads
 from rto.report.log import RunLog
 from rto.seeds import shuffled
 
@@ -242,4 +242,7 @@ def _accumulate(
                 sums[key] = sums.get(key, 0.0) + value
         return sums
 
-    return runtime.sum(budget.within(work, undo))
+    sums = budget.within(work, undo)
+    if isinstance(objective, Compared) and objective.cache is not None:
+        objective.cache.share(runtime)  # the next epoch deals the rows to other processes
+    return runtime.sum(sums)

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 from rto.report import symptoms
 from rto.report.symptoms import Curves, Rows, Sign
 
-KEPT = 120  # rows of a stage that are read: its first and last 30, and others evenly between
+KEPT = 120  # rows of a stage that curves are read from: its first and last 30, and others evenly between
 LOOKS = 100  # moments of a stage at which :func:`diagnose` asks the rules
 
 
@@ -157,7 +157,8 @@ def live(rows: Rows) -> list[Finding]:
     if not rows:
         return []
     stage = rows[-1]["stage"]
-    curves = Curves(_thinned([row for row in rows if row["stage"] == stage]))
+    whole = [row for row in rows if row["stage"] == stage]
+    curves = Curves(_thinned(whole), whole)
     found = []
     for name, rule in RULES.items():
         sign = rule.see(curves)

@@ -70,10 +70,11 @@ class Series:
 
 
 class Curves:
-    """The metrics of one stage by name."""
+    """The metrics of one stage by name. ``whole``: all its rows where ``rows`` are only some: for counts."""
 
-    def __init__(self, rows: Rows) -> None:
+    def __init__(self, rows: Rows, whole: Rows | None = None) -> None:
         self.rows = rows
+        self.whole = rows if whole is None else whole
         self.names = dict.fromkeys(key for row in rows for key in row)
         self.known: dict[str, Series] = {}
 
@@ -82,8 +83,7 @@ class Curves:
         if name not in self.names:
             return None
         if name not in self.known:
-            found = [(row["step"], row.get(name)) for row in self.rows]
-            self.known[name] = Series([(s, v) for s, v in found if isinstance(v, (int, float)) and math.isfinite(v)])
+            self.known[name] = _series(self.rows, name)
         series = self.known[name]
         return series if len(series) >= least else None
 
@@ -104,6 +104,11 @@ class Curves:
         names = [name for name in self.names if name.startswith(f"{prefix}/") and name != f"{prefix}/kl"]
         found = [(name, self.get(name, LEAST)) for name in names]
         return [(name, series) for name, series in found if series is not None]
+
+
+def _series(rows: Rows, name: str) -> Series:
+    found = [(row["step"], row.get(name)) for row in rows]
+    return Series([(s, v) for s, v in found if isinstance(v, (int, float)) and math.isfinite(v)])
 
 
 def rises(before: Window, after: Window, errors: float = 4.0) -> bool:
@@ -288,12 +293,14 @@ def missing_rewards(c: Curves) -> Sign | None:
 
 
 def left_out(c: Curves) -> Sign | None:
-    """Steps that were not finite, among the last ones."""
-    skipped = c.get("skipped")
-    if skipped is None:
+    """Optimiser steps that were not finite: ``skipped`` summed over all rows of the stage, and divided by its steps so
+    far. A step of RL is an iteration, of several optimiser steps: there the ratio may exceed 1."""
+    skipped = _series(c.whole, "skipped")
+    count = sum(skipped.values)
+    if not count:
         return None
-    share = len(skipped) / len(c.rows)
-    return Sign(share > 0.05, skipped.steps[0], {"steps left out": len(skipped), "share": share})
+    ratio = count / c.whole[-1]["step"]
+    return Sign(ratio > 0.05, skipped.steps[0], {"optimiser steps left out": count, "for each step": ratio})
 
 
 # --- rules of preference training -------------------------------------------------------------------------

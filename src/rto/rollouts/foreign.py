@@ -17,7 +17,7 @@ from rto.data.chat import Encoder, PromptRow
 from rto.data.collate import collate_completions
 from rto.data.layouts import Prompt
 from rto.models.checkpoint import is_adapter
-from rto.models.load import load_tokenizer
+from rto.models.load import load_tokenizer, positions_of
 from rto.models.role import Role
 from rto.models.runtime import Runtime
 from rto.models.workshop import Workshop
@@ -41,8 +41,8 @@ class ForeignScorer:
     sees the text, with the policy's template spelled out, which it was hardly trained on. An answer that ended by
     itself ends with the scorer's own end token; one that was cut has none. ``policy`` is the policy's encoder.
     ``limit`` is in the scorer's tokens, by default its positions: longer prompts lose their beginning. The ``budget``
-    of a reading is in padded tokens of one pass. ``moved`` is how much of ``mass``, the absolute mass of the last token readings, lay
-    across the borders of tokens (see :mod:`rto.rewards.carry`).
+    of a reading is in padded tokens of one pass. ``moved`` is how much of ``mass``, the absolute mass of the last token
+    readings, lay across the borders of tokens (see :mod:`rto.rewards.carry`).
 
     Raises:
         ValueError: the tokenizer cannot tell which characters its tokens stand for; when scoring, an answer alone is
@@ -57,15 +57,14 @@ class ForeignScorer:
             raise ValueError(f"{self.source}: a scorer with a vocabulary of its own needs a fast tokenizer")
         self.role = role
         self.policy = policy
-        settings = role.backbone.network.config.get_text_config()
-        self.limit = limit or getattr(settings, "max_position_embeddings", None) or 2**31
+        self.limit = limit or positions_of(role.backbone.network.config) or 2**31
         self.encoder = Encoder(tokenizer, self.limit, self.limit)
         self.moved = self.mass = 0.0
         self._anchor = policy.tokenizer("a", add_special_tokens=False)["input_ids"]
         self._pieces: dict[tuple[int, ...], str] = {}
 
     @classmethod
-    def open(cls, folder: str, policy: Encoder, runtime: Runtime, budget: int) -> ForeignScorer:
+    def open(cls, folder: str, policy: Encoder, runtime: Runtime) -> ForeignScorer:
         """The one-label classifier in ``folder``, frozen.
 
         Raises:

@@ -13,6 +13,7 @@ from rto.batch import Completions, Rollouts
 from rto.data.collate import collate_prompts, micro_batches
 from rto.models.prepacked import Prepacked
 from rto.models.role import Backbone, Role, read_head
+from rto.models.workshop import check_positions
 from rto.rollouts.pick import pick
 from rto.seeds import uniforms
 
@@ -43,6 +44,9 @@ def generate(
     Row i depends on ``seed``, ``names[i]`` and its prompt, not on the rows beside it. An answer that reaches
     the limit has no end-of-sequence and ``finished`` is false. ``budget`` bounds rows x (prompt + answer).
     With ``head`` the result has ``values``: those of a critic that is this head on the role's own backbone.
+
+    Raises:
+        ValueError: the longest prompt and an answer of ``limit`` tokens are more than the model reads.
     """
     ids = torch.full((len(prompts), limit), pad)
     logprobs, values = torch.zeros(2, len(prompts), limit)
@@ -110,9 +114,14 @@ def _decode(
 def read_prompts(
     backbone: Backbone, asked: Sequence[Sequence[int]], limit: int, pad: int
 ) -> tuple[Float[Tensor, "B H"], Bool[Tensor, "B P"], Cache]:
-    """The last state of each prompt, their mask, and a cache with room for the answers. Equal prompts are read once."""
+    """The last state of each prompt, their mask, and a cache with room for the answers. Equal prompts are read once.
+
+    Raises:
+        ValueError: the longest prompt and an answer of ``limit`` tokens are more than the model reads.
+    """
     from rto.rollouts.kv_cache import roomy_cache
 
+    check_positions(backbone, max(map(len, asked)) + limit)
     known: dict[tuple[int, ...], int] = {}
     which = [known.setdefault(tuple(prompt), len(known)) for prompt in asked]
     prompts = collate_prompts(list(known), pad).to(backbone.device)

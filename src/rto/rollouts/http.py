@@ -56,7 +56,11 @@ class HttpScorer:
         backoff: float = 0.5,
         token_env: str = "RTO_SCORER_TOKEN",
     ) -> None:
-        parts = urllib.parse.urlsplit(url)
+        try:
+            parts = urllib.parse.urlsplit(url)
+            _ = parts.port  # read only now, and no number raises
+        except ValueError as error:
+            raise ValueError(f"url = {url!r} is not an http:// or https:// address: {error}") from None
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"url = {url!r} is not an http:// or https:// address")
         if "@" in parts.netloc:
@@ -96,7 +100,7 @@ class HttpScorer:
     def _ask(self, body: bytes, lengths: list[int]) -> Float[Tensor, "b t"]:
         for attempt in range(self.retries + 1):
             try:
-                return _rewards(self._post(body), lengths)
+                return self._rewards(self._post(body), lengths)
             except Unavailable as failure:
                 if failure.wait is None or attempt == self.retries:
                     raise
@@ -124,14 +128,31 @@ class HttpScorer:
 
     def _refusal(self, error: urllib.error.HTTPError) -> str:
         if error.code < 400:
-            return f"{self.name} answers {error.code}: it has moved to {error.headers.get('Location')}; give that url"
+            there = self._clean(str(error.headers.get("Location")))
+            return f"{self.name} answers {error.code}: it has moved to {there}; give that url"
         try:
             said = error.read(4096).decode("utf-8", "replace")
         except (OSError, http.client.HTTPException):
             said = "(its reason could not be read)"
-        if self._token:  # a server may repeat what it was sent
-            said = said.replace(self._token, "***")
-        return f"{self.name} refuses the request with status {error.code}: {said[:200]}"
+        return f"{self.name} refuses the request with status {error.code}: {self._clean(said)[:200]}"
+
+    def _clean(self, said: str) -> str:
+        """Without the token, which a server may repeat. To be cut afterwards: half a token would be found no more."""
+        return said.replace(self._token, "***") if self._token else said
+
+    def _rewards(self, reply: bytes, lengths: list[int]) -> Float[Tensor, "b t"]:
+        """Raises Unavailable for a reply that is not what was asked for; the server would say the same again."""
+        try:
+            found = json.loads(reply)
+        except (ValueError, RecursionError) as error:
+            said = self._clean(reply.decode("utf-8", "replace"))
+            raise Unavailable(f"the reply is not JSON: {said[:100]!r}") from error
+        if not isinstance(found, dict) or "rewards" not in found:
+            raise Unavailable('the reply has no "rewards"')
+        try:
+            return token_rewards(found["rewards"], lengths, "the reply")
+        except ValueError as error:
+            raise Unavailable(self._clean(str(error))) from error
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -154,20 +175,6 @@ def _read(reply: http.client.HTTPResponse, deadline: float) -> bytes:
     if reply.length:  # read1 does not tell of a connection that broke off
         raise http.client.IncompleteRead(b"", reply.length)
     return b"".join(pieces)
-
-
-def _rewards(reply: bytes, lengths: list[int]) -> Float[Tensor, "b t"]:
-    """Raises Unavailable for a reply that is not what was asked for; the server would say the same again."""
-    try:
-        found = json.loads(reply)
-    except (ValueError, RecursionError) as error:
-        raise Unavailable(f"the reply is not JSON: {reply[:100]!r}") from error
-    if not isinstance(found, dict) or "rewards" not in found:
-        raise Unavailable('the reply has no "rewards"')
-    try:
-        return token_rewards(found["rewards"], lengths, "the reply")
-    except ValueError as error:
-        raise Unavailable(str(error)) from error
 
 
 def asked_wait(headers: Any) -> float:

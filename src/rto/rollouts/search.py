@@ -22,6 +22,7 @@ from torch import Tensor
 from rto.batch import Completions, Prompts
 from rto.data.collate import collate_prompts, micro_batches
 from rto.models.role import Role
+from rto.models.workshop import check_positions
 
 Search = Literal["sample", "beams"]  # how `rto generate` finds an answer
 Score = Literal["policy", "implicit"]
@@ -55,12 +56,15 @@ def beam_search(
 
     Raises:
         ValueError: ``beams`` or ``limit`` is below 1, the reference is missing or is of no use, or an answer's score
-            is not finite.
+            is not finite, or the longest prompt and an answer are more than the models read.
     """
     if beams < 1 or limit < 1:
         raise ValueError(f"beams and limit: at least 1 (given: {beams} and {limit})")
     if score not in get_args(Score) or (score == "implicit") != (reference is not None):
         raise ValueError(f"score = {score!r}: known are 'policy', without a reference, and 'implicit', with one")
+    for role in (guide, reference):
+        if role is not None:
+            check_positions(role.backbone, max(map(len, prompts)) + limit)
     ids = torch.full((len(prompts), limit), pad)
     lengths = torch.zeros(len(prompts), dtype=torch.long)
     finished = torch.zeros(len(prompts), dtype=torch.bool)
