@@ -156,10 +156,10 @@ def check_positions(backbone: Backbone, longest: int) -> None:
     """Raises ValueError when a prompt and its answer, ``longest`` tokens together, are more than the model reads."""
     positions = positions_of(backbone.network.config)
     if positions is not None and longest > positions:
+        name = backbone.source or "the new model"
         raise ValueError(
             f"a prompt and its answer can be {longest} tokens together (data.max_prompt and data.max_response bound "
-            f"them), but {backbone.source or 'the new model'} has {positions} positions: lower one of the two, or choose "
-            "a model with more"
+            f"them), but {name} has {positions} positions: lower one of the two, or choose a model with more"
         )
 
 
