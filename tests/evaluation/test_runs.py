@@ -216,6 +216,23 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path):
         table(one, against="ppo")
 
 
+def test_servers_are_told_apart_by_the_whole_url(tmp_path):
+    """Words leave out the query, where a key may stand; it can also choose the model that judges."""
+
+    def judged_by(query: str, words: str) -> Path:
+        oracle = {"type": "http", "url": f"http://h/s{query}"}
+        settings = {"evaluation": {"bootstrap": 200, "samples": 1, "oracle": oracle}, "note": query + words}
+        return write_run(tmp_path / f"{query}{words}", {"sft": [1.0, 2.0]}, oracle=words, changes=settings)
+
+    small, large = (judged_by(f"?model={size}", "the server h/s") for size in ("small", "large"))
+    with pytest.raises(ValueError, match="different oracles: their urls differ in the query"):
+        table(small, large)
+    earlier = judged_by("?model=small", "the server h/s?model=small")  # as it was written once
+    assert table(small, earlier).oracles == ("the server h/s", "the server h/s?model=small")
+    flag = used_in_training({"policy": {"rewards": [{"url": "http://h/s?key=me"}]}}, {"url": "http://h/s?key=me"})
+    assert flag == "the oracle http://h/s was used in training: it is policy.rewards"
+
+
 def test_seeds_with_their_own_prompts_are_refused_run_by_run(tmp_path):
     folders = [write_run(tmp_path / str(seed), {"sft": [1.0]}, seed=seed, prompts=[f"of {seed}"]) for seed in range(2)]
     assert len(table(*folders).rows) == 1

@@ -45,8 +45,11 @@ class Policy:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run. ``oracle``: what scored, in words; ``judge``: those words and, where the run trained its oracle
-    itself, the settings that made it; ``flag``: why the oracle is none (it was used in training), else None."""
+    """A finished run.
+
+    ``oracle``: what scored, in words; ``judge``: those words (of a server, its whole url) and, where the run trained
+    its oracle itself, the settings that made it; ``flag``: why the oracle is none (it was used in training), else None.
+    """
 
     folder: Path
     config: dict[str, Any]
@@ -98,7 +101,8 @@ def read_run(folder: Path | str) -> Run:
         comparison, oracle = found["comparison"], str(found["oracle"])
         names, known = list(comparison["names"]), comparison["policies"]
         samples = int(config["evaluation"]["samples"])
-        flag = used_in_training(config, config["evaluation"]["oracle"])
+        settings = config["evaluation"]["oracle"]
+        flag = used_in_training(config, settings)
     except KeyError as error:
         raise ValueError(
             f"{folder}: config.json or evaluation.json lacks {error}: run rto evaluate {folder}"
@@ -111,7 +115,8 @@ def read_run(folder: Path | str) -> Run:
         policies[name], asked[name] = _read_answers(path, samples, float(known[name]["kl"]), aucs.get(name))
         if asked[name] != asked[names[0]]:
             raise ValueError(f"{path}: other prompts than those of {names[0]}: run rto evaluate {folder}")
-    return Run(folder, config, oracle, oracle + _trained(folder), flag, asked[names[0]], policies)
+    judge = str(settings.get("url") or oracle) + _trained(folder)  # a server's words leave out the query of its url
+    return Run(folder, config, oracle, judge, flag, asked[names[0]], policies)
 
 
 def group_runs(runs: Sequence[Run], by: By = "method") -> list[Recipe]:
@@ -150,10 +155,11 @@ def matched(one: Recipe, other: Recipe) -> list[tuple[Run, Run]]:
         seeds = " and ".join(", ".join(map(str, recipe.runs)) for recipe in (one, other))
         raise ValueError(f"{one.label} and {other.label} have no seed in common ({seeds})")
     for a, b in pairs:
-        if a.oracle != b.oracle:
-            raise ValueError(f"{a.folder} and {b.folder} have different oracles: {a.oracle}; {b.oracle}")
         if a.judge != b.judge:
-            raise ValueError(f"{a.folder} and {b.folder} have different oracles: each trained its own")
+            told = f"{a.oracle}; {b.oracle}"
+            if a.oracle == b.oracle:
+                told = "their urls differ in the query" if a.judge.startswith("http") else "each trained its own"
+            raise ValueError(f"{a.folder} and {b.folder} have different oracles: {told}")
         if a.prompts != b.prompts:
             raise ValueError(
                 f"{a.folder} and {b.folder} answered different prompts ({len(a.prompts)} and {len(b.prompts)}): only "
@@ -178,7 +184,8 @@ def used_in_training(config: Mapping[str, Any], oracle: Mapping[str, Any]) -> st
         return None
     for key, name in _scorers(config):
         if os.path.realpath(name) == os.path.realpath(judge):
-            return f"the oracle {judge} was used in training: it is {key}"
+            shown = judge.partition("?")[0] if judge == oracle.get("url") else judge  # a query may hold a key
+            return f"the oracle {shown} was used in training: it is {key}"
     return None
 
 

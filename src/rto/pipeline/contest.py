@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rto import config as recipe
 from rto.batch import Completions, Signals
@@ -145,7 +146,13 @@ def _scores(
         ValueError: there is no score at all.
     """
     runtime = job.runtime
-    own = judge(runtime.share(list(asked)), completions.rows(slice(runtime.rank, None, runtime.world)))
+    own, refused = [], None
+    try:
+        own = judge(runtime.share(list(asked)), completions.rows(slice(runtime.rank, None, runtime.world)))
+    except ValueError as error:  # told by all processes: the others would wait for this one
+        refused = str(error)
+    if errors := [said for said in runtime.gather_all(refused) if said is not None]:
+        raise ValueError(errors[0])
     found = runtime.gather_rows({"scores": torch.tensor(own, dtype=torch.float64)})["scores"].tolist()
     missing = sum(map(math.isnan, found))
     if missing:
@@ -178,7 +185,12 @@ def _judge(job: Job, shop: Workshop, truth: contest.Truth | None) -> tuple[conte
         return contest.judge_by_words(ask, job.rows.encoder), f"the function {settings.function}", _no_failure
     if isinstance(settings, recipe.HttpOracle):
         server = HttpScorer(settings.url, settings.timeout, settings.retries, settings.batch)
-        oracle = contest.judge_by_words(server.score, job.rows.encoder)
+
+        def post(prompts: list[str], texts: list[str], tokens: list[list[str]]) -> Tensor:
+            server.last_failure = None  # of these answers alone
+            return server.score(prompts, texts, tokens)
+
+        oracle = contest.judge_by_words(post, job.rows.encoder)
         return oracle, f"the server {server.name}", lambda: server.last_failure
     model = recipe.Pretrained(name=settings.name, trust_remote_code=settings.trust_remote_code)
     same_vocabulary(job.tokenizer, tokenizer_at(settings.name, model), "oracle", settings.name)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rto import rewards
-from rto.config import Policy, Spec
+from rto.config import Policy, Pretrained, Spec
 from rto.models.checkpoint import fingerprint, read_notes
 from rto.models.load import has_vocabulary, same_vocabulary, tokenizer_at
 from rto.models.role import Role
@@ -93,9 +93,10 @@ def open_role(job: Job, shop: Workshop, stage: str) -> Role | ForeignScorer:
     """A finished scorer, frozen; a checkpoint may have another tokenizer than the policy."""
     settings, folder = job.config.rewards()[stage], job.path(stage)
     if settings.checkpoint is not None:
-        theirs = tokenizer_at(folder, settings.model or job.config.model)
+        model = settings.model or job.config.model
+        theirs, trust = tokenizer_at(folder, model), isinstance(model, Pretrained) and model.trust_remote_code
         if not has_vocabulary(job.tokenizer, theirs):
-            return ForeignScorer.open(folder, job.rows.encoder, job.runtime)
+            return ForeignScorer.open(folder, theirs, job.rows.encoder, job.runtime, trust)
     return shop.open_scorer(folder, adapter_name(stage), settings.model, trained=False)
 
 

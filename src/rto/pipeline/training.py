@@ -42,7 +42,7 @@ def sft(job: Job) -> str:
     else:
         role = Workshop(model, locate(model), job.tokenizer, job.runtime, config.seed).new_policy("sft")
     verify(role, rows.encoder.end)
-    _fits([row.longest for row in rows.answers], role)
+    _fits(job, role)
     _fit(job, "sft", SftObjective(role, rows.encoder.pad), rows.answers, config.sft)
     if role.adapter is not None:
         role = merged(role)
@@ -64,7 +64,7 @@ def prefer(job: Job, stage: str, settings: Prefer) -> str:
         held_out = scored_from_pairs(rows.test_pairs, *scores)
     elif loss is rebel or settings.loss.get("use_margin"):
         need_margins(rows.pairs, f"{stage}: the loss {settings.loss['type']}")
-    _fits([row.longest for row in [*read, *held_out]], role, reference)
+    _fits(job, role, reference)
     cache = None
     if settings.cache_reference:
         cache = ReferenceCache(job.folder / "reference_cache.safetensors", "")  # objective() names the reference
@@ -124,7 +124,7 @@ def _scorer(job: Job, stage: str, settings: Reward, pairs: Sequence[PairRow], se
     role = shop.new_scorer(adapter_name(stage), settings.model)
     if settings.cutoff is not None:
         role = SegmentScorer(role, shop.reference() if settings.cutoff else None, settings.cutoff)
-    _fits([row.longest for row in [*pairs, *rows.test_pairs]], role)
+    _fits(job, role)
     loss = REWARD_LOSSES[settings.loss["type"]]
     objective = PairObjective(role, loss, _options(settings.loss), rows.encoder.pad)
     frozen = {"reference": job.base}
@@ -166,8 +166,7 @@ def rl(job: Job, name: str, policy: Policy, terms: list[Spec]) -> str:
         frozen["scorer"] = job.path(scorer_stage(policy))
     critic = _critic(job, shop, policy, learner) if rl_loop.reads_values(policy) else None
     scorer = reader.scorer.role if reader.scorer is not None else None
-    answered = [len(row.ids) + rows.encoder.max_response for row in rows.prompts]
-    _fits(answered, learner, critic, reader.guide, scorer if isinstance(scorer, Role) else None)
+    _fits(job, learner, critic, reader.guide, scorer if isinstance(scorer, Role) else None)
     rl_loop.train(
         f"rl/{name}",
         learner,
@@ -187,8 +186,15 @@ def rl(job: Job, name: str, policy: Policy, terms: list[Spec]) -> str:
     return f"rl/{name}"
 
 
-def _fits(lengths: Sequence[int], *roles: Role | None) -> None:
-    """Raises ValueError where a role has fewer positions than the longest sequence has tokens."""
+def _fits(job: Job, *roles: Role | None) -> None:
+    """Raises ValueError where a role has fewer positions than the longest sequence of any stage of the recipe has
+    tokens: the first stage tells, since other lengths would be other data, on which all stages begin again."""
+    rows, stages = job.rows, set(job.config.stages)
+    lengths = [row.longest for row in rows.answers]
+    if stages & {"prefer", "reward"}:
+        lengths += [row.longest for row in (*rows.pairs, *rows.test_pairs)] + [row.longest for row in rows.scored]
+    if stages & {"rl", "evaluate"}:
+        lengths += [len(row.ids) + rows.encoder.max_response for row in [*rows.prompts, *rows.test_prompts]]
     for role in roles:
         if role is not None:
             check_positions(role.backbone, max(lengths))

@@ -17,7 +17,7 @@ from rto.data.chat import Encoder, PromptRow
 from rto.data.collate import collate_completions
 from rto.data.layouts import Prompt
 from rto.models.checkpoint import is_adapter
-from rto.models.load import load_tokenizer, positions_of
+from rto.models.load import positions_of
 from rto.models.role import Role
 from rto.models.runtime import Runtime
 from rto.models.workshop import Workshop
@@ -64,16 +64,18 @@ class ForeignScorer:
         self._pieces: dict[tuple[int, ...], str] = {}
 
     @classmethod
-    def open(cls, folder: str, policy: Encoder, runtime: Runtime) -> ForeignScorer:
-        """The one-label classifier in ``folder``, frozen.
+    def open(
+        cls, folder: str, tokenizer: PreTrainedTokenizerBase, policy: Encoder, runtime: Runtime, trust: bool = False
+    ) -> ForeignScorer:
+        """The one-label classifier in ``folder``, frozen. ``tokenizer`` is its own, ``trust`` that in its code.
 
         Raises:
             ValueError: the folder holds something else.
         """
         if is_adapter(folder):
             raise ValueError(f"{folder} is an adapter: merge it into its base model to score for another tokenizer")
-        tokenizer = load_tokenizer(folder)
-        shop = Workshop(recipe.Pretrained(name=folder), folder, tokenizer, runtime, seed=0)  # nothing is drawn
+        model = recipe.Pretrained(name=folder, trust_remote_code=trust)
+        shop = Workshop(model, folder, tokenizer, runtime, seed=0)  # nothing is drawn
         return cls(shop.open_scorer(folder, "scorer", None, trained=False), tokenizer, policy)
 
     # --- readings ---------------------------------------------------------------------------------------
