@@ -149,11 +149,10 @@ class Attempt:
 
     def ended(self) -> tuple[int, str]:
         """Exit code, or a signal as a negative number; and what it said."""
-        try:
+        with contextlib.ExitStack() as unread:
+            unread.callback(self.strike, signal.SIGKILL)  # an attempt that hangs, or a test that is stopped
             code = int(self.launcher.read())
-        except BaseException:
-            self.strike(signal.SIGKILL)
-            raise
+            unread.pop_all()
         return code, self.said.read_text()
 
 
