@@ -9,6 +9,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,13 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks is no part of the package
 
-from benchmarks.speed import table  # noqa: E402
+from benchmarks.speed import table, theirs  # noqa: E402
 from benchmarks.speed.__main__ import main  # noqa: E402
 from benchmarks.speed.adapters import start_alike  # noqa: E402
 from benchmarks.speed.case import Case, tokens  # noqa: E402
 from benchmarks.speed.cases import NAMES, Base, make_base, make_case  # noqa: E402
 from benchmarks.speed.drive import Measured, differences  # noqa: E402
+from benchmarks.speed.machine import SETUPS, environment  # noqa: E402
 from benchmarks.speed.runs import Entry, runs  # noqa: E402
 from benchmarks.speed.turns import Turns  # noqa: E402
 from benchmarks.speed.work import Model  # noqa: E402
@@ -110,6 +112,34 @@ def test_unknown_work_and_natural_pairs_without_a_file_are_refused(base, tmp_pat
         case_of("dpo-natural", base, tmp_path, quick=False)
 
 
+def test_a_gpu_gets_more_work_and_the_peer_its_own_rows(base, tmp_path):
+    case = make_case("dpo", base, tmp_path, turns=TURNS, device="cuda", dtype="bfloat16", keys={"packing": True})
+    assert len(case.batch(0)) == 32 and {len(ids) for row in case.batch(0) for ids in row.values()} == {256}
+    assert (case.micro_tokens, case.micro_rows, case.keys) == (2**14, 8, {"packing": True})
+    case.write(tmp_path / "case.json")
+    assert Case.read(tmp_path / "case.json") == case
+    wanted = {"bf16": True, "use_cpu": False, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}
+    found = theirs.arguments(case, dict)
+    assert found.items() >= {**wanted, "gradient_checkpointing": True}.items()  # as TRL has it
+    assert theirs.arguments(replace(case, setup="tuned"), dict)["gradient_checkpointing"] is False
+    for setup in SETUPS:
+        on_cpu = theirs.arguments(replace(case, device="cpu", dtype="float32", setup=setup), dict)
+        assert on_cpu.items() >= {"bf16": False, "use_cpu": True, "gradient_checkpointing": False}.items()
+
+
+def test_malloc_is_set_for_tuned_peers_on_a_cpu_alone(monkeypatch):
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=1")
+    assert environment(2, "tuned")["GLIBC_TUNABLES"].startswith("glibc.malloc.mmap_threshold=")
+    assert all("GLIBC_TUNABLES" not in environment(2, *other) for other in ((), ("default",), ("tuned", "cuda")))
+
+
+def test_losses_may_differ_more_in_bfloat16():
+    peer, ours = a_side(PEER, [6.0], loss=0.69), a_side(OURS, [3.0], loss=0.70)
+    assert differences(peer, ours)
+    peer.settings["dtype"] = "bfloat16"
+    assert differences(peer, ours) == []
+
+
 def test_operations_of_a_forward_pass():
     model = Model(body=100, head=10, attention=3, edges=20)
     # 2 tokens after 4: they attend to 5 and 6 tokens, 4 x 3 operations each; logits at one.
@@ -128,7 +158,7 @@ def a_side(entry: Entry, seconds: list[float], loss: float = 0.5) -> Measured:
 PEER, TUNED, OURS = Entry("dpo", "peer"), Entry("dpo", "peer", "tuned"), Entry("dpo", "rto")
 
 
-def test_one_rto_side_serves_both_variants_and_one_peer_both_kinds_of_rl():
+def test_one_rto_side_serves_both_setups_and_one_peer_both_kinds_of_rl():
     assert runs(["dpo"]) == [[PEER, TUNED, OURS]]
     assert runs(["dpo"], ["tuned"]) == [[TUNED, OURS]]
     assert runs(["dpo"], only="rto") == [[OURS]]
@@ -136,7 +166,7 @@ def test_one_rto_side_serves_both_variants_and_one_peer_both_kinds_of_rl():
     assert runs(["generate"]) == [[Entry("generate", "peer"), Entry("generate", "rto")]]
     full, adapters = Entry("ppo", "rto"), Entry("ppo-adapters", "rto")
     assert runs(["ppo", "dpo", "ppo-adapters"], ["default"]) == [[Entry("ppo", "peer"), full, adapters], [PEER, OURS]]
-    assert runs(["ppo-adapters"]) == [[Entry("ppo", "peer", variant), adapters] for variant in ("default", "tuned")]
+    assert runs(["ppo-adapters"]) == [[Entry("ppo", "peer", setup), adapters] for setup in ("default", "tuned")]
     assert runs(["ppo", "ppo-adapters"], only="rto") == [[full, adapters]]
 
 
@@ -222,3 +252,26 @@ def test_peers_that_are_not_there_are_said_so(capsys, tmp_path):
     with pytest.raises(SystemExit):
         main(["sft", "--quick", "--peers", str(tmp_path)])
     assert "run `make bench`" in capsys.readouterr().err
+
+
+def test_another_model_in_another_precision(base, capfd, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
+    options = ["--model", base.model, "--dtype", "bfloat16", "--packing", "--micro-tokens", "512"]
+    assert main(["sft", *QUICK[1:], *options]) == 0  # not --quick: 8 rows of 64 + 64 tokens
+    said = capfd.readouterr().out
+    assert "GEMM peak, bfloat16" in said and "dtype bfloat16, attention sdpa, micro_tokens 512, packing True" in said
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_said_so(capsys):
+    with pytest.raises(SystemExit):
+        main(["sft", *QUICK, "--device", "cuda"])
+    assert "no usable GPU" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [[], ["--packing"], ["--dtype", "float32"]])
+def test_all_work_on_a_gpu(capfd, monkeypatch, options):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
+    assert main([*QUICK, "--device", "cuda", *options]) == 0
+    assert "failed" not in capfd.readouterr().out

@@ -195,7 +195,7 @@ COMMANDS = re.findall(
 
 
 def test_the_readme_has_a_command_for_a_model_of_ones_own():
-    assert any("smollm2-hh" in command and "--model.type pretrained" in command for command in COMMANDS)
+    assert any("own.toml" in command and "--model.name" in command for command in COMMANDS)
 
 
 @pytest.mark.parametrize("command", sorted(set(COMMANDS)))

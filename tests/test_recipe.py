@@ -127,6 +127,8 @@ def test_shipped_recipes_are_valid(file):
 def test_no_such_file(tmp_path):
     with pytest.raises(ValueError, match=r"absent\.toml: no such recipe; the recipes that come with rto are in"):
         recipe.load(tmp_path / "absent.toml")
+    with pytest.raises(ValueError, match="is a folder: give a recipe"):
+        recipe.load(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"model = ", b"lr: 1", b"\xff\xfe"])

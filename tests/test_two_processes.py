@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -139,6 +140,24 @@ def test_each_process_asks_the_oracle_for_its_share(tmp_path, monkeypatch):
     rows = [Path(name, "evaluation", "answers-sft.jsonl").read_text().splitlines() for name in ("one", "two")]
     scores = [[json.loads(line)["score"] for line in part] for part in rows]
     assert scores[0] == scores[1] and None in scores[0]
+
+
+def test_both_evaluate_with_half_the_tokens_where_one_lacks_memory(tmp_path):
+    (tmp_path / "tiny.toml").write_text(RECIPE.replace('"reward", "rl", ', ""))
+    words = ["--quiet", "--policy.micro_tokens", "32"]
+    assert main(["run", str(tmp_path / "tiny.toml"), "--output", str(tmp_path / "one"), *words]) == 0
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    script = str(Path(__file__).with_name("short_on_one.py"))
+    changed = ["--evaluation.bootstrap", "101"]  # else it is done before
+    with two(script, "evaluate", str(tmp_path / "two"), *changed) as process:
+        _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    told = [line for line in err.splitlines() if line.startswith("out of memory")]
+    assert told[0] == "out of memory: reading_tokens 128 -> 64, and the step again" and len(told) == len(set(told))
+    for name in ("sft", "dpo"):
+        texts = [(tmp_path / run / "evaluation" / f"answers-{name}.jsonl").read_text() for run in ("one", "two")]
+        for one, other in zip(*(map(json.loads, text.splitlines()) for text in texts), strict=True):
+            assert other.pop("kl") == pytest.approx(one.pop("kl"), abs=1e-4) and other == one
 
 
 def test_two_processes_equal_one(tmp_path):

@@ -3,6 +3,7 @@
     python -m benchmarks.speed --quick                                # a tiny model: seconds
     python -m benchmarks.speed --only rto --quick                     # without the peers
     python -m benchmarks.speed dpo dpo-lora --peers .venv/bench       # SmolLM2-135M; `make bench` does this
+    python -m benchmarks.speed --device cuda --packing --attention flash_attention_2 --model Qwen/Qwen2.5-0.5B
 
 Prints a Markdown table. docs/performance.md says what is measured and how.
 """
@@ -21,16 +22,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 from benchmarks.speed import table
 from benchmarks.speed.case import Case
 from benchmarks.speed.cases import MICRO_TOKENS, NAMES, make_base, make_case
 from benchmarks.speed.drive import ROOT, measure
-from benchmarks.speed.machine import VARIANTS, described, gemm_peak
+from benchmarks.speed.machine import SETUPS, described, gemm_peak
 from benchmarks.speed.runs import WARMUP, Entry, kind_of, runs
 from benchmarks.speed.work import Model
 
 # Where `make bench` puts the peers of a workload, below --peers. Sampling needs none: its peer is transformers.
 ENVIRONMENTS = {"dpo": "trl", "sft": "trl", "reward": "trl", "ppo": "trl-ppo"}
+DTYPES = {"cpu": "float32", "cuda": "bfloat16"}  # unless --dtype says otherwise
+KEYS = ("packing", "kernels", "gradient_checkpointing")  # of rto's [model]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,12 +44,15 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown := [name for name in known.work if name not in NAMES]:
         parser.error(f"there is no work named {', '.join(unknown)}: choose among {', '.join(NAMES)}")
     work = known.work or [name for name in NAMES if name != "dpo-natural" or known.pairs or known.quick]
-    planned = runs(work, known.malloc, known.only)
+    planned = runs(work, known.setup, known.only)
     python = _interpreter(Path(known.peers))
     if lacking := {python(entry) for run in planned for entry in run if not Path(python(entry)).exists()}:
         parser.error(f"no peers in {', '.join(sorted(lacking))}: run `make bench`, or give --peers or --only rto")
     if known.repeats < 1 or (known.warmup or 0) < 0:
         parser.error("--repeats is 1 or more, --warmup 0 or more")
+    if known.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this machine has no usable GPU")
+    known.dtype = known.dtype or DTYPES[known.device]
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         out = stack.enter_context(open(known.out, "w")) if known.out else None
@@ -59,19 +66,19 @@ def _measure_all(
     python: Callable[[Entry], str],
     tell: Callable[[Entry | None, dict[str, Any]], None],
 ) -> int:
-    base = make_base(folder, known.quick)
+    base = make_base(folder, known.quick, known.model)
     cases = {name: _case(name, base, folder, known) for name in {entry.work for run in planned for entry in run}}
     least = {name: _least(case, base.model, _warmup(name, known)) for name, case in cases.items()}
     said: list[str] = []
     failed = False
     told: dict[str, str] = {}
-    machine = described(known.threads)
+    machine = described(known.threads, known.device)
     tell(None, {"machine": machine, "repeats": known.repeats, "quick": known.quick, "least": least})
     print(f"{machine}; {known.repeats} timed turns a side", end="\n\n")
     peaks: list[float] = []
 
     def take_peak() -> None:
-        peaks.append(gemm_peak(known.threads, 0.1 if known.quick else 2.0))
+        peaks.append(gemm_peak(known.threads, 0.1 if known.quick else 2.0, known.device, known.dtype))
         tell(None, {"gemm_peak": peaks[-1]})
 
     take_peak()
@@ -84,7 +91,8 @@ def _measure_all(
         told |= table.settings(measured)
         failed |= bool(wrong)
         take_peak()
-    print(f"\nGEMM peak, float32: {max(peaks) / 1e9:.0f} GFLOP/s, of {len(peaks)} takes from {min(peaks) / 1e9:.0f} on")
+    best, worst = max(peaks) / 1e9, min(peaks) / 1e9
+    print(f"\nGEMM peak, {known.dtype}: {best:.0f} GFLOP/s, of {len(peaks)} takes from {worst:.0f} on")
     print("\n".join([*said, *(f"- {name}: {found}" for name, found in told.items())]), flush=True)
     return int(failed)
 
@@ -93,12 +101,12 @@ def _teller(out: TextIO | None) -> Callable[[Entry | None, dict[str, Any]], None
     """Writes what it hears of, one JSON object a line, and shows turns on stderr: a run that is killed keeps both."""
 
     def tell(entry: Entry | None, news: dict[str, Any]) -> None:
-        named = {"work": entry.work, "side": entry.side, "malloc": entry.malloc} if entry else {}
+        named = {"work": entry.work, "side": entry.side, "setup": entry.told} if entry else {}
         if out is not None:
             print(json.dumps(named | news), file=out, flush=True)
         if entry and "turn" in news:
             found = f"turn {news['turn']}: {news['seconds']:.3g} s, {news['memory_mb']:,.0f} MB"
-            print(f"{entry.work}, {entry.side}, malloc {entry.malloc}, {found}", file=sys.stderr, flush=True)
+            print(f"{entry.work}, {entry.side} ({entry.told}), {found}", file=sys.stderr, flush=True)
 
     return tell
 
@@ -112,7 +120,11 @@ def _case(name: str, base: Any, folder: Path, known: argparse.Namespace) -> Case
         quick=known.quick,
         pairs=known.pairs,
         micro_tokens=known.micro_tokens,
-        rl_rows=known.peer_rows,
+        peer_rows=known.peer_rows,
+        device=known.device,
+        dtype=known.dtype,
+        attention=known.attention,
+        keys={name: getattr(known, name) for name in KEYS if getattr(known, name)},
     )
 
 
@@ -146,12 +158,23 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, default=5, help="timed turns a side")
     parser.add_argument("--warmup", type=int, help=f"turns before them; {WARMUP}")
     parser.add_argument(
-        "--malloc", nargs="+", choices=tuple(VARIANTS), help="of the peers; default: both, of generate the first"
+        "--setup",
+        nargs="+",
+        choices=SETUPS,
+        help="of the peers. On a CPU tuned is large thresholds of malloc, on a GPU no gradient checkpointing; "
+        "default: both, of generate the first",
     )
+    parser.add_argument("--device", choices=tuple(DTYPES), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help=f"of passes; default: {DTYPES}")
+    parser.add_argument("--model", metavar="NAME", help="a folder or a name of the hub, in the place of SmolLM2-135M")
+    parser.add_argument("--attention", choices=("sdpa", "eager", "flash_attention_2"), default="sdpa")
+    parser.add_argument("--packing", action="store_true", help="rto: micro-batches without padding")
+    parser.add_argument("--kernels", choices=("liger",), help="rto: kernels of another library")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="rto")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--pairs", help="preference pairs for dpo-natural")
     parser.add_argument("--micro-tokens", type=int, help=f"rto: padded tokens of a training pass; {MICRO_TOKENS}")
-    parser.add_argument("--peer-rows", type=int, default=8, help="PPO of the peer: rows of one training pass")
+    parser.add_argument("--peer-rows", type=int, default=8, help="the peers': rows of one training pass")
     parser.add_argument("--peers", default=".venv/bench", help="folder of the peers' environments")
     parser.add_argument("--out", metavar="FILE", help="every turn as it ends, as JSON lines")
     return parser

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 Row = dict[str, list[int]]  # ids of "prompt", and of "chosen" and "rejected" or of "answer" where there are any
 
@@ -28,6 +29,11 @@ class Case:
     lengths: tuple[int, ...] = ()  # the answers' lengths where they are to differ
     lora: int | None = None  # rank; none: full fine-tuning
     seed: int = 0
+    setup: str = "default"  # of the peer: see `machine.SETUPS`
+    device: str = "cpu"  # or "cuda"
+    dtype: str = "float32"  # of passes; what is trained is float32
+    attention: str = "sdpa"
+    keys: dict[str, Any] = field(default_factory=dict)  # of [model], for rto alone
 
     def batch(self, turn: int) -> list[Row]:
         return self.batches[turn % len(self.batches)]

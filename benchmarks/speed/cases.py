@@ -25,7 +25,10 @@ NAMES = (
 
 # Of rto's passes: small enough for little memory, large enough for matrices that keep the machine busy. Sampling and
 # scoring take four times as many in RL; `generate` alone takes all of its rows at once, as its peer does.
-MICRO_TOKENS = {"dpo": 768, "dpo-lora": 576, "sft": 512, "reward": 512, "ppo": 768, "generate": 65536}
+MICRO_TOKENS = {
+    "cpu": {"dpo": 768, "dpo-lora": 576, "sft": 512, "reward": 512, "ppo": 768, "generate": 2**16},
+    "cuda": {"dpo": 2**14, "sft": 2**14, "reward": 2**14, "ppo": 2**14, "generate": 2**19},
+}
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,8 @@ class Sizes:
     lr: float  # a step is to move the losses by more than what they may differ
 
 
-REAL = Sizes(pairs=8, side=64, rollouts=32, turn=48, varied=128, shortest=8, longest=128, rank=16, lr=1e-6)
+CPU = Sizes(pairs=8, side=64, rollouts=32, turn=48, varied=128, shortest=8, longest=128, rank=16, lr=1e-6)
+GPU = Sizes(pairs=32, side=256, rollouts=128, turn=256, varied=256, shortest=32, longest=512, rank=16, lr=1e-6)
 QUICK = Sizes(pairs=4, side=6, rollouts=16, turn=6, varied=8, shortest=3, longest=12, rank=2, lr=1e-3)
 
 
@@ -60,17 +64,24 @@ class Base:
 TINY = {"hidden": 32, "layers": 2, "heads": 2, "intermediate": 64}  # for --quick
 
 
-def make_base(folder: Path, quick: bool) -> Base:
-    """SmolLM2-135M out of its package, dequantised; ``quick``: two layers with random weights."""
+def make_base(folder: Path, quick: bool, name: str | None = None) -> Base:
+    """The model of a folder or of the hub; no name: SmolLM2-135M out of its package, dequantised. ``quick``: two layers
+    with random weights."""
+    import torch
     from transformers import AutoTokenizer
 
     from rto import config as recipe
-    from rto.models.load import locate
+    from rto.models.load import load_network, locate
 
     if quick:
         return scratch_base(folder, **TINY)
-    model = locate(recipe.Packaged(type="package"))
-    return _base(folder, model, AutoTokenizer.from_pretrained(model), (1000, 40000))
+    if name is None:
+        model = locate(recipe.Packaged(type="package"))
+        return _base(folder, model, AutoTokenizer.from_pretrained(model), (1000, 40000))
+    tokenizer, model = AutoTokenizer.from_pretrained(name), str(folder / "model")
+    load_network(name, "causal", torch.float32, 0).save_pretrained(model)  # sides reach no hub
+    tokenizer.save_pretrained(model)
+    return _base(folder, model, tokenizer, (len(tokenizer) // 50, 4 * len(tokenizer) // 5))
 
 
 def scratch_base(folder: Path, **sizes: int) -> Base:
@@ -107,12 +118,15 @@ def make_case(
     quick: bool = False,
     pairs: str | None = None,
     micro_tokens: int | None = None,
-    rl_rows: int = 8,
+    peer_rows: int = 8,
+    device: str = "cpu",
+    **more: Any,
 ) -> Case:
-    """Raises ValueError for a name that is none, and for natural pairs without a file."""
+    """``more``: other fields of the case. Raises ValueError for a name that is none, and for natural pairs without a
+    file."""
     if name not in NAMES:
         raise ValueError(f"there is no work named {name!r}: choose among {', '.join(NAMES)}")
-    sizes, kind = QUICK if quick else REAL, name.partition("-")[0]
+    sizes, kind = QUICK if quick else GPU if device == "cuda" else CPU, name.partition("-")[0]
     draw = random.Random(0)
 
     def ids(count: int) -> list[int]:
@@ -121,7 +135,8 @@ def make_case(
     def some(rows: int, length: int, *names: str) -> list[Row]:
         return [{name: ids(length) for name in names} for _ in range(rows)]
 
-    more: dict[str, Any] = {"micro_rows": sizes.pairs}
+    rows = sizes.rollouts if kind in ("ppo", "generate") else sizes.pairs
+    more |= {"micro_rows": min(peer_rows, rows), "device": device}
     if name == "dpo-natural":
         batches = _natural(base, sizes, turns, quick, pairs, ids, draw)
     elif kind in ("dpo", "reward"):
@@ -131,7 +146,7 @@ def make_case(
     else:
         varied = name == "generate-varied"
         batches = [some(sizes.varied if varied else sizes.rollouts, sizes.turn, "prompt")]
-        more = {"micro_rows": min(rl_rows, sizes.rollouts), "limit": sizes.longest if varied else sizes.turn}
+        more["limit"] = sizes.longest if varied else sizes.turn
         if varied:
             more["lengths"] = tuple(draw.randint(sizes.shortest, sizes.longest) for _ in range(sizes.varied))
     return Case(
@@ -143,7 +158,7 @@ def make_case(
         base.pad,
         batches,
         turns,
-        micro_tokens or MICRO_TOKENS.get(name, MICRO_TOKENS[kind]),
+        micro_tokens or MICRO_TOKENS[device].get(name) or MICRO_TOKENS[device][kind],
         lr=sizes.lr,
         lora=sizes.rank if name in ("dpo-lora", "ppo-adapters") else None,
         **more,

@@ -34,7 +34,7 @@ def peer(case: Case, turns: Turns) -> None:
         case, lambda row: {"prompt_ids": row["prompt"], "chosen_ids": row["chosen"], "rejected_ids": row["rejected"]}
     )
     trainer = Tokenised(
-        theirs.load(case.model),
+        theirs.load(case),
         args=arguments,
         train_dataset=rows,
         processing_class=theirs.tokenizer(case),

@@ -16,7 +16,7 @@ from benchmarks.speed.machine import environment
 from benchmarks.speed.runs import Entry
 
 ROOT = Path(__file__).resolve().parents[2]
-TOLERANCE = 1e-3
+TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}  # by the precision of the passes
 
 
 class Failed(RuntimeError):
@@ -27,15 +27,15 @@ class Side:
     """A process that does its turns when it is asked to."""
 
     def __init__(self, entry: Entry, python: str, case: Case, threads: int) -> None:
-        folder = Path(case.folder) / f"{entry.work}-{entry.side}-{entry.variant}"
+        folder = Path(case.folder) / f"{entry.work}-{entry.side}-{entry.setup}"
         folder.mkdir(exist_ok=True)
-        replace(case, folder=str(folder)).write(folder / "case.json")
+        replace(case, folder=str(folder), setup=entry.setup).write(folder / "case.json")
         self.entry, self._log = entry, folder / "log"
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
                 [python, "-m", "benchmarks.speed.worker", entry.side, str(folder / "case.json")],
                 cwd=ROOT,
-                env=environment(threads, entry.variant),
+                env=environment(threads, entry.setup, case.device),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -148,9 +148,10 @@ def measure(
 def differences(one: Measured, other: Measured) -> list[str]:
     """Where two sides did not do the same work."""
     found = []
+    tolerance = TOLERANCE[one.settings.get("dtype", "float32")]
     for number, (first, second) in enumerate(zip(one.checks, other.checks, strict=True), 1):
         for name in sorted(first.keys() | second.keys()):
             a, b = first.get(name), second.get(name)
-            if a is None or b is None or not abs(a - b) <= TOLERANCE * max(1.0, abs(a)):
+            if a is None or b is None or not abs(a - b) <= tolerance * max(1.0, abs(a)):
                 found.append(f"turn {number}: {name} is {a} and {b}")
     return found

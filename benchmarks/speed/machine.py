@@ -7,17 +7,20 @@ import platform
 import time
 
 MALLOC = {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=17179869184"}
-VARIANTS: dict[str, dict[str, str]] = {
-    "default": {},  # as installed; rto calls mallopt for itself, see rto.models.runtime
-    "tuned": MALLOC,  # large blocks are kept and not given back to the system: both sides
+# Of a peer. On a CPU its malloc: as installed, or such that large blocks are kept and not given back to the system (rto
+# calls mallopt for itself, see rto.models.runtime). On a GPU gradient checkpointing: as TRL has it, on, or off.
+SETUPS = ("default", "tuned")
+PEAK_SIZES = {  # rows, inner size and columns of matrix products: as a small model has them, and as keep a GPU busy
+    "cpu": ((2048, 2048, 2048), (2048, 576, 1536), (1024, 1024, 4096)),
+    "cuda": ((8192, 8192, 8192), (16384, 4096, 4096)),
 }
 
 
-def environment(threads: int, variant: str) -> dict[str, str]:
+def environment(threads: int, setup: str = "default", device: str = "cpu") -> dict[str, str]:
     """Of one measured process. No network, no leftovers of the caller's own tuning."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD"))}
     fixed = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return kept | fixed | VARIANTS[variant]
+    return kept | fixed | (MALLOC if device == "cpu" and setup == "tuned" else {})
 
 
 def use_threads(count: int) -> None:
@@ -28,30 +31,48 @@ def use_threads(count: int) -> None:
     torch.set_num_threads(count)
 
 
-def gemm_peak(threads: int, seconds: float = 2.0) -> float:
-    """Floating-point operations a second of the best float32 matrix product, over sizes that a small model has."""
+def wait(device: str) -> None:
+    """Until a GPU has done what it was told to do."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def gemm_peak(threads: int, seconds: float = 2.0, device: str = "cpu", dtype: str = "float32") -> float:
+    """Floating-point operations a second of the best matrix product of some sizes."""
     import torch
 
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     best = 0.0
-    for rows, inner, columns in ((2048, 2048, 2048), (2048, 576, 1536), (1024, 1024, 4096)):
-        a, b = torch.randn(rows, inner), torch.randn(inner, columns)
-        until = time.perf_counter() + seconds / 3
+    sizes, kind = PEAK_SIZES[device], {"device": device, "dtype": getattr(torch, dtype)}
+    for rows, inner, columns in sizes:
+        a, b = torch.randn(rows, inner, **kind), torch.randn(inner, columns, **kind)
+        wait(device)
+        until = time.perf_counter() + seconds / len(sizes)
         while time.perf_counter() < until:
             begun = time.perf_counter()
             torch.mm(a, b)
+            wait(device)
             best = max(best, 2 * rows * inner * columns / (time.perf_counter() - begun))
     torch.set_num_threads(before)
+    if device == "cuda":
+        del a, b
+        torch.cuda.empty_cache()  # the sides share the GPU with this process
     return best
 
 
-def described(threads: int) -> str:
+def described(threads: int, device: str = "cpu") -> str:
     """One line for the head of a table."""
     name = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as lines:
             name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
+    if device == "cuda":
+        import torch
+
+        name = f"{torch.cuda.get_device_name()} (CUDA {torch.version.cuda}), {name}"
     return (
         f"{name}, {threads} of {os.cpu_count()} cores, load {os.getloadavg()[0]:.2f}, {' '.join(platform.libc_ver())}"
     )

@@ -17,8 +17,9 @@ def workshop(case: Case) -> Loaded:
     from rto.models.runtime import Runtime
     from rto.models.workshop import Workshop
 
-    runtime = Runtime("cpu")
-    model = Pretrained(name=case.model, dtype="float32", lora=Lora(r=case.lora) if case.lora else None)
+    runtime = Runtime(case.device)
+    keys = {"dtype": case.dtype, "attention": case.attention, **case.keys}
+    model = Pretrained(name=case.model, lora=Lora(r=case.lora) if case.lora else None, **keys)
     return Workshop(model, case.model, load_tokenizer(case.model), runtime, case.seed), runtime
 
 
@@ -44,7 +45,9 @@ def training(case: Case, **more: Any) -> dict[str, Any]:
 
 def settings(case: Case) -> dict[str, Any]:
     """What is told beside the times."""
-    found = {"dtype": "float32", "micro_tokens": case.micro_tokens, "malloc": "keeps freed blocks by itself"}
+    found = {"dtype": case.dtype, "attention": case.attention, "micro_tokens": case.micro_tokens, **case.keys}
+    if case.device == "cpu":
+        found["malloc"] = "keeps freed blocks by itself"
     return found | ({"lora r": case.lora} if case.lora else {})
 
 

@@ -133,10 +133,10 @@ def peer(case: Case, turns: Turns) -> None:
         trainer = PPOTrainer(
             args=arguments,
             processing_class=theirs.tokenizer(case),
-            model=theirs.load(case.model),
-            ref_model=theirs.load(case.model),
-            reward_model=theirs.load(case.classifier, classifier=True),
-            value_model=theirs.load(case.classifier, classifier=True),
+            model=theirs.load(case),
+            ref_model=theirs.load(case, trained=False),
+            reward_model=theirs.load(case, classifier=True, trained=False),
+            value_model=theirs.load(case, classifier=True),
             train_dataset=prompts,
             eval_dataset=prompts,
             callbacks=[InTurns()],
@@ -146,7 +146,7 @@ def peer(case: Case, turns: Turns) -> None:
             turns, "sampling", ppo_trainer.batch_generation, lambda out: made.append(tuple(out[0][:, width:].shape))
         )
         _time_updates(turns, ppo_trainer, trainer)
-        turns.ready({**theirs.settings(arguments), "method": "ppo", "models": "full"})
+        turns.ready({**theirs.settings(case, arguments), "method": "ppo", "models": "full"})
         trainer.train()
 
 

@@ -22,7 +22,7 @@ def peer(case: Case, turns: Turns) -> None:
     from trl import RewardConfig, RewardTrainer
 
     trainer = RewardTrainer(
-        theirs.load(case.classifier, classifier=True),
+        theirs.load(case, classifier=True),
         args=theirs.arguments(case, RewardConfig, max_length=None),
         train_dataset=theirs.rows(
             case, lambda row: {f"{side}_ids": row["prompt"] + row[side] for side in ("chosen", "rejected")}

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks.speed.machine import VARIANTS
+from benchmarks.speed.machine import SETUPS
 
 PEER_OF = {"ppo-adapters": "ppo"}  # work whose peer is another work's
-APART = ("ppo",)  # two peers of this kind do not fit into 24 GiB of memory: one variant after the other
-ONE_VARIANT = ("generate",)  # most of its blocks are small
+APART = ("ppo",)  # two peers of this kind do not fit into 24 GiB of memory: one setup after the other
+ONE_SETUP = ("generate",)  # most of its blocks are small, and it has no gradients
 
 # Turns that are not timed. One of RL is hundreds of passes.
 WARMUP = {"dpo": 2, "sft": 2, "reward": 2, "ppo": 1, "generate": 2}
@@ -21,11 +21,12 @@ class Entry:
 
     work: str
     side: str  # "peer" or "rto"
-    variant: str = "default"  # of the peer's malloc; rto sets its own, whatever the variant
+    setup: str = "default"  # of the peer: see `machine.SETUPS`
 
     @property
-    def malloc(self) -> str:
-        return self.variant if self.side == "peer" else "its own"
+    def told(self) -> str:
+        """The setup, as a table names it."""
+        return self.setup if self.side == "peer" else "its own"
 
     @property
     def kind(self) -> str:
@@ -36,17 +37,17 @@ def kind_of(work: str) -> str:
     return work.partition("-")[0]
 
 
-def runs(work: Sequence[str], malloc: Sequence[str] | None = None, only: str | None = None) -> list[list[Entry]]:
-    """Peers first, then the rto sides that are compared with them. ``malloc``: the variants, the same for all work."""
+def runs(work: Sequence[str], setups: Sequence[str] | None = None, only: str | None = None) -> list[list[Entry]]:
+    """Peers first, then the rto sides that are compared with them. ``setups``: of the peers, the same for all work."""
     found: list[list[Entry]] = []
     for peer in dict.fromkeys(PEER_OF.get(name, name) for name in work):
         kind = kind_of(peer)
-        variants = list(malloc or (("default",) if kind in ONE_VARIANT else VARIANTS))
+        wanted = list(setups or (("default",) if kind in ONE_SETUP else SETUPS))
         served = [Entry(name, "rto") for name in work if PEER_OF.get(name, name) == peer]
         if only == "rto":
             found.append(served)
             continue
-        for together in [[one] for one in variants] if kind in APART else [variants]:
-            peers = [Entry(peer, "peer", variant) for variant in together]
+        for together in [[one] for one in wanted] if kind in APART else [wanted]:
+            peers = [Entry(peer, "peer", setup) for setup in together]
             found.append(peers if only == "peer" else peers + served)
     return found

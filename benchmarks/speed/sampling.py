@@ -56,12 +56,12 @@ def peer(case: Case, turns: Turns) -> None:
     import torch
     from transformers import StoppingCriteria, StoppingCriteriaList
 
-    model = theirs.load(case.model).eval()
+    model = theirs.load(case, trained=False).to(case.device).eval()
     prompts = [row["prompt"] for row in case.batch(0)]
     width = max(map(len, prompts))
-    ids = torch.tensor([[case.pad] * (width - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    lengths = torch.tensor(case.lengths or [case.limit] * len(prompts))
+    ids = torch.tensor([[case.pad] * (width - len(prompt)) + prompt for prompt in prompts], device=case.device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=case.device)
+    lengths = torch.tensor(case.lengths or [case.limit] * len(prompts), device=case.device)
 
     class Long(StoppingCriteria):
         """A row ends where its length says."""
@@ -72,7 +72,7 @@ def peer(case: Case, turns: Turns) -> None:
             return input_ids.shape[1] - width >= lengths
 
     model.generation_config.eos_token_id = None
-    turns.ready({"rows": len(prompts), "log-probs": "no"})
+    turns.ready({"dtype": case.dtype, "attention": case.attention, "rows": len(prompts), "log-probs": "no"})
     torch.manual_seed(case.seed)
     while True:
         turns.begin()
@@ -90,7 +90,7 @@ def peer(case: Case, turns: Turns) -> None:
             )
         turns.stop()
         answers = out[:, width:]
-        written = torch.arange(answers.shape[1]) < lengths[:, None]
+        written = torch.arange(answers.shape[1], device=case.device) < lengths[:, None]
         assert (answers[~written] == case.pad).all(), "an answer went on after its length"
         turns.end(int(written.sum()), "other", {"answers": len(answers), "answer tokens": int(written.sum())})
 

@@ -28,7 +28,7 @@ def peer(case: Case, turns: Turns) -> None:
         return {"input_ids": ids, "labels": [-100] * len(row["prompt"]) + row["answer"]}
 
     trainer = SFTTrainer(
-        theirs.load(case.model),
+        theirs.load(case),
         args=theirs.arguments(case, SFTConfig, max_length=None),
         train_dataset=theirs.rows(case, labelled),
         processing_class=theirs.tokenizer(case),

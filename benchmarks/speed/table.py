@@ -10,7 +10,7 @@ from benchmarks.speed.drive import Measured, differences
 HEAD = (
     "work",
     "side",
-    "malloc",
+    "setup",
     "seconds (range)",
     "by phase",
     "tokens/s",
@@ -38,14 +38,14 @@ def lines(run: Sequence[Measured], peak: float, least: Mapping[str, float]) -> l
 
 
 def _failed(side: Measured) -> str:
-    cells = [side.entry.work, side.entry.side, side.entry.malloc, "failed"]
+    cells = [side.entry.work, side.entry.side, side.entry.told, "failed"]
     return f"| {' | '.join(cells)} |{'  |' * (len(HEAD) - len(cells))}"
 
 
 def _line(side: Measured, peers: Sequence[Measured], peak: float, least: float) -> str:
     seconds = statistics.median(side.seconds)
     speed = statistics.median(turn["tokens"] / turn["seconds"] for turn in side.turns)
-    cells = [side.entry.work, side.entry.side, side.entry.malloc, spread(side.seconds, " s")]
+    cells = [side.entry.work, side.entry.side, side.entry.told, spread(side.seconds, " s")]
     cells += [", ".join(f"{phase} {taken:.3g}" for phase, taken in side.phases().items())]
     cells += [f"{speed:,.0f}", f"{side.memory_mb:,.0f} MB"]
     if side.flops:
@@ -57,10 +57,10 @@ def _line(side: Measured, peers: Sequence[Measured], peak: float, least: float) 
     faster, smaller = [], []
     for peer in compared:
         if differences(peer, side):
-            faster.append(f"{peer.entry.malloc}: not the same work")
+            faster.append(f"{peer.entry.told}: not the same work")
         else:
-            faster.append(f"{peer.entry.malloc}: {spread(ratios(peer, side), ' x')}")
-            smaller.append(f"{peer.entry.malloc}: {side.memory_mb / peer.memory_mb:.2f}")
+            faster.append(f"{peer.entry.told}: {spread(ratios(peer, side), ' x')}")
+            smaller.append(f"{peer.entry.told}: {side.memory_mb / peer.memory_mb:.2f}")
     return f"| {' | '.join([*cells, '; '.join(faster), '; '.join(smaller)])} |"
 
 
@@ -75,7 +75,7 @@ def spread(values: Sequence[float], unit: str) -> str:
 
 
 def settings(run: Sequence[Measured]) -> dict[str, str]:
-    """By work and side, the same for every variant."""
+    """By work and side, the same for every setup."""
     return {
         f"{side.entry.work}, {side.entry.side}": ", ".join(f"{key} {value}" for key, value in side.settings.items())
         for side in run
@@ -112,4 +112,4 @@ def disagreement(run: Sequence[Measured]) -> list[str]:
 
 def _name(side: Measured) -> str:
     e = side.entry
-    return f"{e.work} {e.side}" + (f" ({e.malloc})" if e.side == "peer" else "")
+    return f"{e.work} {e.side}" + (f" ({e.told})" if e.side == "peer" else "")

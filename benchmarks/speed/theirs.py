@@ -11,7 +11,8 @@ from benchmarks.speed.turns import Turns
 
 def arguments(case: Case, kind: Callable[..., Any], **more: Any) -> Any:
     """TRL's defaults but for what both sides are given. bfloat16 and gradient checkpointing, which TRL switches on,
-    would make it slower on a CPU (bfloat16 by an order of magnitude)."""
+    would make it slower on a CPU (bfloat16 by an order of magnitude). On a GPU the setup says whether it checkpoints.
+    """
     accumulate, left = divmod(len(case.batch(0)), case.micro_rows)
     assert not left, f"{case.name}: {case.micro_rows} rows a pass do not make {len(case.batch(0))}"
     return kind(
@@ -22,9 +23,9 @@ def arguments(case: Case, kind: Callable[..., Any], **more: Any) -> Any:
             "gradient_accumulation_steps": accumulate,
             "learning_rate": case.lr,
             "lr_scheduler_type": "constant",
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "use_cpu": True,
+            "bf16": case.dtype == "bfloat16",
+            "gradient_checkpointing": case.device == "cuda" and case.setup == "default",
+            "use_cpu": case.device == "cpu",
             "logging_steps": 1,
             "report_to": "none",
             "save_strategy": "no",
@@ -43,12 +44,15 @@ def rows(case: Case, shape: Callable[[Row], dict[str, list[int]]]) -> Any:
     return Dataset.from_list([shape(row) for turn in range(case.turns) for row in case.batch(turn)])
 
 
-def load(folder: str, classifier: bool = False) -> Any:
+def load(case: Case, classifier: bool = False, trained: bool = True) -> Any:
+    """What is trained is float32, as in rto: bfloat16 weights round small updates away."""
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     kind = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
-    return kind.from_pretrained(folder, dtype=torch.float32)
+    dtype = torch.float32 if trained else getattr(torch, case.dtype)
+    folder = case.classifier if classifier else case.model
+    return kind.from_pretrained(folder, dtype=dtype, attn_implementation=case.attention)
 
 
 def tokenizer(case: Case) -> Any:
@@ -69,10 +73,11 @@ def lora(case: Case) -> Any:
     return LoraConfig(r=case.lora, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def settings(arguments: Any) -> dict[str, Any]:
+def settings(case: Case, arguments: Any) -> dict[str, Any]:
     """What is told beside the times."""
     return {
-        "dtype": "bfloat16" if arguments.bf16 else "float32",
+        "dtype": case.dtype,
+        "attention": case.attention,
         "rows a pass": arguments.per_device_train_batch_size,
         "passes a step": arguments.gradient_accumulation_steps,
         "gradient checkpointing": arguments.gradient_checkpointing,
@@ -112,5 +117,5 @@ def supervised(case: Case, trainer: Any, turns: Turns, logged: dict[str, str]) -
 
     trainer.compute_loss, trainer.accelerator.backward = forward, back
     trainer.add_callback(InTurns())
-    turns.ready(settings(trainer.args) | ({"lora r": case.lora} if case.lora else {}))
+    turns.ready(settings(case, trainer.args) | ({"lora r": case.lora} if case.lora else {}))
     trainer.train()

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from importlib import metadata
 from typing import Any, TextIO
 
+from benchmarks.speed.machine import wait
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 Result = dict[str, Any]
@@ -18,10 +19,11 @@ Result = dict[str, Any]
 
 class Turns:
     """``begin`` waits for a line: "go", or "count", where floating-point operations are counted and time means
-    nothing. ``end`` answers with one line of JSON. At the end of ``orders`` the process ends."""
+    nothing. ``end`` answers with one line of JSON. At the end of ``orders`` the process ends. On a GPU a turn and each
+    of its phases end when the GPU has done them."""
 
-    def __init__(self, orders: TextIO, answers: TextIO) -> None:
-        self._orders, self._answers = orders, answers
+    def __init__(self, orders: TextIO, answers: TextIO, device: str = "cpu") -> None:
+        self._orders, self._answers, self._device = orders, answers, device
         self._counter: FlopCounterMode | None = None
         self.spent: dict[str, float] = {}
         self.number = 0  # of turns that are done
@@ -42,17 +44,21 @@ class Turns:
         if order == "count":
             self._counter = FlopCounterMode(display=False, custom_mapping=_fused())
             self._counter.__enter__()
+        wait(self._device)
         self._begun = time.perf_counter()
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Its seconds are added to those of the same name in this turn."""
+        wait(self._device)
         begun = time.perf_counter()
         yield
+        wait(self._device)
         self.spent[name] = self.spent.get(name, 0.0) + time.perf_counter() - begun
 
     def stop(self) -> None:
         """The work is done; what comes now is not measured."""
+        wait(self._device)
         self._seconds = time.perf_counter() - self._begun
         self._flops = 0
         if self._counter is not None:
@@ -70,7 +76,7 @@ class Turns:
                 "flops": self._flops,
                 "tokens": tokens,
                 "checks": checks,
-                "memory_mb": peak_memory_mb(),
+                "memory_mb": peak_memory_mb(self._device),
             }
         )
 
@@ -85,8 +91,13 @@ def _version(package: str) -> str:
         return ""
 
 
-def peak_memory_mb() -> float:
-    """The largest memory this program has held. Not ``ru_maxrss``: on Linux a child inherits its parent's."""
+def peak_memory_mb(device: str = "cpu") -> float:
+    """The largest memory this program has held; on a GPU that of its tensors there. Not ``ru_maxrss``: on Linux a child
+    inherits its parent's."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 2**20
     if sys.platform == "linux":
         with open("/proc/self/status") as lines:
             return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**10

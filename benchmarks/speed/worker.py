@@ -14,7 +14,8 @@ def main(side: str, file: str) -> None:
     # Libraries print: only what we say goes to the driver, the rest goes where errors go.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    serve(side, Case.read(file), Turns(sys.stdin, answers))
+    case = Case.read(file)
+    serve(side, case, Turns(sys.stdin, answers, case.device))
 
 
 def serve(side: str, case: Case, turns: Turns) -> None:

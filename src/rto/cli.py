@@ -223,7 +223,7 @@ def _stages(known: argparse.Namespace, changes: list[tuple[str, str]], allowed: 
 
 
 def _generate(known: argparse.Namespace) -> int:
-    config = _read(known.run, [])
+    config = _read(known.run, [("trackers", "[]")])  # nothing is tracked, and they may not be installed here
     if known.batch_tokens is not None and known.batch_tokens < 1:
         raise ValueError(f"--batch-tokens: at least 1 (given: {known.batch_tokens})")
     if known.format is not None:
@@ -248,6 +248,8 @@ def _generate(known: argparse.Namespace) -> int:
         length_norm=known.length_norm,
         batch_tokens=known.batch_tokens,
     )
+    if os.environ.get("RANK", "0") != "0":  # of several processes one speaks
+        return 0
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     if known.out:
         Path(known.out).parent.mkdir(parents=True, exist_ok=True)

@@ -32,6 +32,8 @@ def load(path: str | Path, overrides: Iterable[tuple[str, str]] = ()) -> Config:
         ValueError: the file is missing or no TOML, or a key or value is refused; a line for each.
     """
     path = Path(path)
+    if os.path.isdir(path):
+        raise ValueError(f"{path} is a folder: give a recipe, a TOML file")
     if not os.path.exists(path):  # Path.exists raises for a name that is too long to be one
         raise ValueError(f"{path}: no such recipe; the recipes that come with rto are in recipes/*.toml")
     try:

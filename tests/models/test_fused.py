@@ -89,9 +89,13 @@ def test_layers_that_only_look_alike_are_left_alone() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
 
+    class GatedRMSNorm(LlamaRMSNorm):
+        def forward(self, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
+            return super().forward(hidden_states) * (1 if gate is None else gate)
+
     net = network()
     settings = net.config
-    for module in (OtherRMSNorm(4), OtherMLP(settings)):
+    for module in (OtherRMSNorm(4), OtherMLP(settings), GatedRMSNorm(4)):
         fuse(module)
         assert not isinstance(module, FusedNorm | FusedGate)
     gemma = network(Gemma2Config, head_dim=4)  # adds 1 to its norms' weights; its gate is another function

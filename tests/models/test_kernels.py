@@ -13,7 +13,7 @@ from rto import recipe
 from rto.batch import Completions, Prompts
 from rto.config import Lora, Scratch
 from rto.data.worlds import world_tokenizer
-from rto.models.kernels import Offloaded, check_device, use_liger
+from rto.models.kernels import Offloaded, attending_to_cache, check_device, use_liger
 from rto.models.role import Backbone, Role
 from rto.models.runtime import Runtime
 from rto.models.workshop import Workshop
@@ -59,10 +59,16 @@ def liger(monkeypatch) -> list[dict]:
 def test_what_needs_a_gpu_is_refused_without_one(changes, said):
     model = Scratch(type="scratch", **changes)
     with pytest.raises(ValueError, match=said):
-        check_device(model, CPU)
+        check_device(model, CPU, torch.float32)
     with pytest.raises(ValueError, match=said):
         Workshop(model, "", world_tokenizer(), Runtime("cpu"), 0)
-    check_device(model, GPU)
+    check_device(model, GPU, torch.bfloat16)
+
+
+def test_flash_attention_is_refused_in_float32():
+    model = Scratch(type="scratch", attention="flash_attention_2")
+    with pytest.raises(ValueError, match=r"has no float32, in which this run computes: set model\.dtype to 'bfloat16'"):
+        check_device(model, GPU, torch.float32)
 
 
 def test_a_scorer_of_its_own_model_is_refused_before_anything_is_trained():
@@ -70,6 +76,24 @@ def test_a_scorer_of_its_own_model_is_refused_before_anything_is_trained():
     asked = recipe.build({**changes, "reward": {"model": {"name": "other", "kernels": "liger"}}})
     with pytest.raises(ValueError, match="kernels"):
         Job(asked, quiet=True)
+
+
+def test_steps_of_sampling_read_the_cache_without_flash_attention(monkeypatch):
+    made = network()
+    settings = made.config
+
+    def switch(way: str | dict[str, str]) -> None:  # transformers' own wants flash-attn to be installed
+        settings._attn_implementation = way if isinstance(way, str) else way[""]
+
+    monkeypatch.setattr(made, "set_attn_implementation", switch)
+    switch("flash_attention_2")
+    with pytest.raises(KeyError), attending_to_cache(made):
+        assert settings._attn_implementation == "sdpa"
+        raise KeyError
+    assert settings._attn_implementation == "flash_attention_2"
+    switch("eager")
+    with attending_to_cache(made):
+        assert settings._attn_implementation == "eager"
 
 
 def test_the_library_is_named_when_it_is_not_there(monkeypatch):

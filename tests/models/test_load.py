@@ -13,9 +13,11 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import nn
 
+from rto.batch import Completions, Prompts
 from rto.config import Lora, Packaged, Pretrained, Scratch
 from rto.models.load import (
     dequantise,
+    has_vocabulary,
     initialise_head,
     load_network,
     load_tokenizer,
@@ -27,12 +29,14 @@ from rto.models.load import (
 )
 from rto.models.role import Role
 from rto.models.runtime import Runtime
+from rto.models.trunk import TrunkCritic
 from rto.models.workshop import Workshop, check_positions, verify
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 IDS = torch.tensor([[3, 4, 5, 6, 7]])
 ROPE = {"rope_theta": 1e4, "factor": 2.5}
 YARN = {"rope_type": "yarn", "original_max_position_embeddings": 80}
+LONG = YARN | {"rope_type": "longrope", "short_factor": [1.0] * 64, "long_factor": [2.0] * 64}
 
 
 def tokenizer(words: int = 50, last: str = "w49") -> hf.PreTrainedTokenizerFast:
@@ -99,6 +103,38 @@ def test_a_classifier_with_several_labels_is_refused(tmp_path):
         open_(save(tmp_path, labels=3), "classifier")
 
 
+def test_a_family_without_a_classifier_is_refused_with_a_remedy(tmp_path):
+    hf.GraniteForCausalLM(hf.GraniteConfig(vocab_size=50, **SIZE)).save_pretrained(tmp_path)
+    assert open_(tmp_path).config.model_type == "granite"
+    told = r"no sequence classifier of the family granite.*model\.lora\.r = 16.*reward\.model of another family"
+    with pytest.raises(ValueError, match=told):
+        open_(tmp_path, "classifier")
+    adapters = Workshop(Pretrained(name=str(tmp_path), lora=Lora(r=2)), str(tmp_path), tokenizer(), Runtime("cpu"), 0)
+    assert adapters.new_scorer("scorer", None).head.weight.shape == (1, 32), "the remedy is one"
+
+
+def test_attention_that_a_family_does_not_have_is_refused_with_a_remedy(tmp_path):
+    hf.Gemma2ForCausalLM(hf.Gemma2Config(vocab_size=50, head_dim=8, **SIZE)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"Gemma2ForCausalLM has no model\.attention = 'sdpa': set it to 'eager'"):
+        open_(tmp_path)
+    with pytest.raises(ValueError, match="Gemma2ForSequenceClassification has no"):
+        open_(tmp_path, "classifier")
+    assert open_(tmp_path, attention="eager").config._attn_implementation == "eager"
+
+
+def test_heads_are_as_wide_as_the_states(tmp_path):
+    """Those of the smallest OPT are narrower than its hidden size."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 64}
+    settings = hf.OPTConfig(vocab_size=50, word_embed_proj_dim=16, **sizes)
+    hf.OPTForCausalLM(settings).save_pretrained(tmp_path)
+    shop = Workshop(Pretrained(name=str(tmp_path), lora=Lora(r=2)), str(tmp_path), tokenizer(), Runtime("cpu"), 0)
+    mask = torch.ones(1, 5, dtype=torch.bool)
+    rows = Completions(Prompts(IDS[:, :2], mask[:, :2]), IDS[:, 2:], mask[:, 2:], mask[:, 0])
+    for role in (shop.new_scorer("scorer", None), TrunkCritic(shop.reference(), 0, detached=False)):
+        assert role.head.weight.shape == (1, 16) and not role.head.weight.requires_grad
+        assert role.values(rows).shape == (1, 3)
+
+
 @pytest.mark.parametrize(("labels", "kind"), [(None, "causal"), (None, "classifier"), (1, "classifier")])
 def test_missing_weights_are_refused(tmp_path, labels, kind):
     path = save(tmp_path, labels) / "model.safetensors"
@@ -118,6 +154,27 @@ def test_dropout_is_off():
 
 def test_attention_dropout_is_off():
     network = without_dropout(hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=50, attention_dropout=0.5, **SIZE))).train()
+    assert torch.equal(network(IDS).logits, network(IDS).logits)
+
+
+MOE = {"num_experts_per_tok": 2, "num_local_experts": 4}
+NOISY = {
+    "starcoder2": (hf.Starcoder2Config, SIZE | {"residual_dropout": 0.5, "embedding_dropout": 0.5}),
+    "bloom": (hf.BloomConfig, {"hidden_size": 32, "n_layer": 2, "n_head": 4, "hidden_dropout": 0.5}),
+    "falcon": (hf.FalconConfig, SIZE | {"hidden_dropout": 0.5, "attention_dropout": 0.5, "parallel_attn": False}),
+    "mixtral": (hf.MixtralConfig, SIZE | MOE | {"num_key_value_heads": 4, "router_jitter_noise": 0.5}),
+    "phimoe": (hf.PhimoeConfig, SIZE | MOE | {"num_key_value_heads": 4, "input_jitter_noise": 0.5}),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", NOISY)
+def test_dropouts_and_noise_of_other_names_are_off(family):
+    kind, settings = NOISY[family]
+    torch.manual_seed(0)
+    noisy = hf.AutoModelForCausalLM.from_config(kind(vocab_size=50, **settings)).train()
+    assert not torch.equal(noisy(IDS).logits, noisy(IDS).logits), "the case tests something"
+    network = without_dropout(noisy).train()
     assert torch.equal(network(IDS).logits, network(IDS).logits)
 
 
@@ -146,7 +203,9 @@ def test_a_scratch_model_depends_on_the_seed(tmp_path):
         (hf.Qwen2Config(max_position_embeddings=200, rope_parameters=ROPE | YARN), 200),  # told already
         (hf.Gemma3TextConfig(max_position_embeddings=100), 100),
         (hf.Gemma3TextConfig(max_position_embeddings=100, rope_parameters={"full_attention": ROPE | YARN}), 200),
-        (hf.LlamaConfig(rope_parameters=ROPE | {"rope_type": "dynamic"}), None),
+        (hf.LlamaConfig(max_position_embeddings=100, rope_parameters=ROPE | {"rope_type": "dynamic"}), 100),
+        (hf.LlamaConfig(max_position_embeddings=200, rope_parameters=ROPE | LONG), 80),
+        (hf.Gemma3TextConfig(max_position_embeddings=100, rope_parameters={"full_attention": ROPE | LONG}), 80),
         (hf.BloomConfig(), None),
     ],
 )
@@ -179,6 +238,28 @@ def test_the_same_vocabulary_passes():
 def test_another_vocabulary_is_refused(other, told):
     with pytest.raises(ValueError, match=rf"scorer big/model.*{told}.*choose a scorer of the policy's model family"):
         same_vocabulary(tokenizer(), other, "scorer", "big/model")
+
+
+def with_special(name: str, **more: str) -> hf.PreTrainedTokenizerFast:
+    made = tokenizer()
+    made.add_tokens([hf.AddedToken(name, special=True)], special_tokens=True)
+    for key, value in more.items():
+        setattr(made, key, value)
+    return made
+
+
+def test_reserved_tokens_may_have_other_names():
+    """As id 128004 of Llama 3 is the padding of Llama 3.2."""
+    theirs = with_special("<padding>", pad_token="<padding>")
+    assert has_vocabulary(with_special("<reserved>"), theirs)
+    for ours in (
+        with_special("<reserved>", pad_token="<reserved>"),
+        with_special("<reserved>", chat_template="{{ messages[0]['content'] }}<reserved>"),
+        tokenizer(51, last="<reserved>"),  # an ordinary word
+        tokenizer(),
+    ):
+        assert not has_vocabulary(ours, theirs)
+    assert not has_vocabulary(with_special("<reserved>"), tokenizer(51, last="<padding>"))
 
 
 def test_a_scorer_of_another_size_has_one_model_for_all_its_roles_with_the_same_settings(tmp_path):

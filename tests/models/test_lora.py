@@ -93,6 +93,21 @@ def test_what_is_not_plain_is_left_to_peft(what):
     assert torch.equal(*found)
 
 
+def test_under_autocast_the_input_is_not_made_float32_and_back():
+    """Which would change no number: gradients come out as peft has them, to the bit."""
+    found = []
+    for autocast in (False, True):
+        made = layer(dtype=torch.float32)
+        made.base_layer.to(torch.bfloat16)
+        add_in_place([made], autocast)
+        inputs: list[torch.dtype] = []
+        made.lora_A["a"].register_forward_pre_hook(lambda _, given, inputs=inputs: inputs.append(given[0].dtype))
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(read(made, torch.linspace(-1, 1, 20).view(4, 5).bfloat16()))
+        assert inputs == [torch.bfloat16 if autocast else torch.float32]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_only_pefts_linear_layers_are_changed():
     others = [nn.Linear(2, 2), nn.LayerNorm(2)]
     add_in_place(others)

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from rto.batch import Completions, Prompts, Siblings
 from rto.config import Lora
 from rto.data.collate import collate_completions
-from rto.models.packing import pack
+from rto.models.packing import pack, same_states, tried
 from rto.models.role import Backbone, Role
 from rto.models.workshop import verify
 
@@ -136,6 +136,49 @@ def test_families_that_mix_packed_sequences_are_refused():
         snake.logprobs(rows())
     with pytest.raises(ValueError, match="model.packing"):  # and at the second try
         verify(snake, END)
+
+
+def test_a_trial_that_a_family_cannot_read_has_no_result():
+    def refusing(error: Exception):
+        raise error
+
+    for error in (ValueError("shape"), RuntimeError("shape"), IndexError("shape"), TypeError("shape")):
+        assert tried(lambda error=error: refusing(error)) is None
+    with pytest.raises(torch.OutOfMemoryError):  # it says nothing of the family
+        tried(lambda: refusing(torch.OutOfMemoryError("CUDA out of memory")))
+
+
+def test_a_family_that_cannot_read_packed_rows_is_refused(monkeypatch):
+    forward = hf.LlamaModel.forward
+
+    def strict(self, input_ids=None, attention_mask=None, position_ids=None, **others):
+        if position_ids is not None and attention_mask is None:
+            raise RuntimeError("no mask")
+        return forward(self, input_ids, attention_mask, position_ids, **others)
+
+    monkeypatch.setattr(hf.LlamaModel, "forward", strict)
+    with pytest.raises(ValueError, match=r"model\.packing = true: llama .*LlamaForCausalLM.*: set it to false"):
+        role(True).logprobs(rows())
+
+
+def test_states_are_compared_beside_a_dimension_that_is_larger_than_all_others():
+    """15 of 16 numbers are wrong: by 1 of 100 at most, but by 15 of 115 on average; then by twice as much."""
+    real = torch.tensor([[True, True, True], [True, True, False]])
+    plain = torch.ones(2, 3, 16)
+    plain[..., 0] = 100
+
+    def same(wrong: dict[tuple[int, int], float], compute: torch.dtype) -> bool:
+        found = plain.clone()
+        for place, number in wrong.items():
+            found[place][1:] = number
+        return same_states(found, plain, real, compute)
+
+    assert same({}, torch.float32) and same({(1, 2): torch.nan}, torch.float32), "nothing, and padding"
+    assert not same({(0, 0): 0.0}, torch.float32) and not same({(0, 0): torch.nan}, torch.float32)
+    assert same({(0, 0): 0.0, (0, 1): 0.0}, torch.bfloat16), "13 of 100 is rounding"
+    assert same({(0, 0): -1.0, (1, 0): -1.0, (1, 2): torch.nan}, torch.bfloat16), "one token of a row"
+    assert not same({(0, 0): -1.0, (0, 1): -1.0}, torch.bfloat16), "26 of 100"
+    assert not same({(1, 0): torch.nan, (1, 1): torch.nan}, torch.bfloat16)
 
 
 def test_positions_that_are_ignored_are_found_out(monkeypatch):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rto.batch import Completions, Prompts
 from rto.config import Lora
 from rto.data.collate import collate_completions
+from rto.models.load import without_dropout
 from rto.models.role import Backbone, Role
 from rto.models.workshop import verify
 
@@ -131,6 +132,7 @@ FAMILIES: dict[str, Callable[[], hf.PreTrainedModel]] = {
                            num_attention_heads=4, max_position_embeddings=64, word_embed_proj_dim=32, init_std=0.3),
     "bloom": lambda: network(hf.BloomForCausalLM, hf.BloomConfig, hidden_size=32, n_layer=2, n_head=4,
                              initializer_range=0.3),  # takes no positions: it reads them from the mask
+    "lfm2": lambda: network(hf.Lfm2ForCausalLM, hf.Lfm2Config, layer_types=["conv", "full_attention"], **GROUPED),
 }  # fmt: skip
 
 
@@ -159,6 +161,31 @@ def test_verify_refuses_a_recurrent_family():
     model = network(hf.RecurrentGemmaForCausalLM, hf.RecurrentGemmaConfig, **settings)
     with pytest.raises(ValueError, match="recurrent.*sampling steps differ from the model's own.*choose another"):
         verify(Role(Backbone(model, "recurrent", None, torch.float32)), END)
+
+
+def test_verify_refuses_a_cache_whose_rows_stay_where_they_are(monkeypatch):
+    """In sampling, answers to one prompt share its pass, and rows that have ended leave."""
+
+    def deaf(self, beam_idx):
+        rows = torch.arange(len(beam_idx)) % len(self.keys)
+        self.keys, self.values = self.keys[rows], self.values[rows]
+
+    monkeypatch.setattr(hf.cache_utils.DynamicLayer, "reorder_cache", deaf)
+    with pytest.raises(ValueError, match="sampling steps differ"):
+        verify(Role(backbone()), END)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_verify_refuses_random_layers_where_they_are_trained(checkpointing):
+    """Evaluation mode hides them, but checkpointing needs training mode."""
+    random = network(attention_dropout=0.5, **GROUPED)
+    role = Role(Backbone(random, "odd", None, torch.float32, checkpointing))
+    if checkpointing:
+        with pytest.raises(ValueError, match="passes in training mode.*set model.gradient_checkpointing = false"):
+            verify(role, END)
+        without_dropout(random)
+    assert verify(role, END) < 1e-4
+    assert not random.training
 
 
 def test_verify_refuses_an_end_without_an_embedding():

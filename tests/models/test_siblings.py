@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.testing import assert_close
+from transformers import FalconConfig, FalconForCausalLM
 
 from rto.batch import Completions, Prompts, Siblings
 from rto.config import Lora
@@ -111,6 +112,16 @@ def test_a_model_that_reads_forked_rows_in_its_own_way_is_found_out(ignored):
 
     odd.model.forward = own
     assert not Backbone(odd, "x", None, torch.float32).forks
+
+
+def test_a_family_that_takes_no_such_mask_is_left_to_separate_rows():
+    """Falcon counts its ALiBi distances from a mask of two dimensions."""
+    settings = FalconConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, alibi=True)
+    role = Role(Backbone(FalconForCausalLM(settings).eval(), "x", None, torch.float32))
+    with pytest.raises(ValueError, match="too many values to unpack"):
+        role.fork(siblings())
+    assert not role.backbone.forks
+    assert_close(role.logprobs(siblings()), role.logprobs(plain(siblings())))
 
 
 def test_a_choice_of_siblings_need_not_be_siblings():

@@ -208,6 +208,20 @@ def test_checks_of_a_model_in_a_folder(files_recipe, tiny_model, pairs_file):
     assert found["licence of model"].text == f"unknown: {tiny_model}"
 
 
+def test_rates_of_full_training_are_told_where_adapters_are_trained(world_recipe):
+    def told(*given: tuple[str, str]) -> list[str]:
+        job = Job(recipe.load(world_recipe, given), quiet=True)
+        return [check.text for check in checks(job.config, job.rows, job.runtime) if check.name == "learning rates"]
+
+    rates = [("sft.lr", "1e-4"), ("prefer.lr", "5e-7"), ("reward.lr", "1e-4"), ("policy.lr", "2e-5")]
+    assert told(*rates) == []  # trained in full
+    (text,) = told(*rates, ("model.lora.r", "2"))
+    assert text.startswith("prefer 5e-07: rates of full training")
+    assert told(*rates, ("model.lora.r", "2"), ("prefer.lr", "5e-5")) == []
+    own = [("reward.lr", "1e-6"), *(("reward.model.type", "scratch"), ("reward.model.lora.r", "2"))]
+    assert told(*rates, *own)[0].startswith("reward 1e-06: ")
+
+
 def test_a_template_that_shows_training_another_prompt_is_a_problem(files_recipe, tiny_model, pairs_file, tmp_path):
     odd = tmp_path / "odd.jinja"
     odd.write_text("{% if add_generation_prompt %}Q: {% endif %}{% for m in messages %}{{ m['content'] }}|{% endfor %}")

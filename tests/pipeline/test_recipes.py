@@ -15,7 +15,7 @@ RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
 def test_a_recipe_resolves(path):
-    config = recipe.load(path, [("data.pairs", "mine.jsonl")] if path.stem.startswith("smollm2") else [])
+    config = recipe.load(path, [("data.pairs", "mine.jsonl")] if path.stem.startswith(("smollm2", "own")) else [])
     resolved = resolve(config)
     assert recipe.build(json.loads(resolved.model_dump_json())) == resolved  # a run folder reads as its recipe
     assert [step.name for step in steps_of(resolved, resolved.stages)]
@@ -60,7 +60,7 @@ def test_rto_on_pythia_has_the_published_values():
     config = resolve(recipe.load(RECIPES / "rto-pythia-2.8b-hh.toml"))
     rto_run, ppo_run = config.policies()["rto-v1"], config.policies()["ppo"]
     assert config.model.name == "EleutherAI/pythia-2.8b"
-    assert config.data.pairs == "Anthropic/hh-rlhf"
+    assert (config.data.pairs, config.data.data_dir) == ("Anthropic/hh-rlhf", "helpful-base")
     assert config.data.max_prompt + config.data.max_response == 512
     assert (config.sft.optimizer, config.sft.lr, config.sft.batch, config.sft.epochs) == ("adamw", 1e-5, 32, 1)
     guide = config.prefer

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from rto import recipe
@@ -16,6 +17,8 @@ from rto.config import Config, Packaged, Pretrained
 from rto.data.rows import make_tokenizer
 from rto.data.worlds import world_tokenizer
 from rto.models.load import tokenizer_at
+from rto.models.memory import Budget
+from rto.models.workshop import Workshop
 from rto.pipeline import contest, generate
 from rto.pipeline.answers import write_answers
 from rto.pipeline.checks import checks
@@ -25,6 +28,7 @@ from rto.pipeline.pairs import score_pairs
 from rto.pipeline.readers import make_reader, open_policy, open_role
 from rto.pipeline.resolve import resolve, terms_of
 from rto.pipeline.training import _critic
+from rto.rollouts.foreign import ForeignScorer
 
 
 @pytest.fixture
@@ -104,6 +108,34 @@ def test_a_checkpoint_without_a_tokenizer_is_named(configured, tiny_model, tmp_p
         read_rewards(configured(prefer__checkpoint=str(folder), policy__method="rto-v1"), tmp_path)
 
 
+# --- precision ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_scorers_without_a_table_of_their_own_have_the_models_precision(
+    configured, tiny_model, tmp_path, monkeypatch, dtype
+):
+    """An oracle, and a scorer with another tokenizer."""
+    ready, foreign, opened, plain = tmp_path / "ready", tmp_path / "foreign", [], Workshop.open_scorer
+    shutil.copytree(tiny_model, ready)
+    settings = LlamaForCausalLM.from_pretrained(tiny_model).config
+    settings.num_labels = 1
+    LlamaForSequenceClassification(settings).save_pretrained(ready)
+    shutil.copytree(ready, foreign)
+    world_tokenizer().save_pretrained(foreign)
+
+    def open_scorer(*given: Any, **more: Any) -> Any:
+        opened.append(plain(*given, **more))
+        return opened[-1]
+
+    monkeypatch.setattr(Workshop, "open_scorer", open_scorer)
+    oracle = f'{{type = "model", name = "{ready}"}}'
+    job = Job(configured(reward__checkpoint=str(foreign), evaluation__oracle=oracle, model__dtype=dtype), quiet=True)
+    assert isinstance(open_checkpoint(job), ForeignScorer)
+    open_oracle(job)
+    assert [role.backbone.compute for role in opened] == [getattr(torch, dtype)] * 2
+
+
 # --- trust and revision -------------------------------------------------------------------------------
 
 
@@ -164,7 +196,7 @@ def open_guide(job: Job) -> Any:
 
 
 def open_oracle(job: Job) -> Any:
-    return contest._judge(job, job.workshop(), None)
+    return contest._judge(job, job.workshop(), None, Budget(4096, print))
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,15 @@ SIZES = {
 }  # fmt: skip
 GPT2 = {"vocab_size": V, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.3}
 GEMMA = {"head_dim": 8, "sliding_window": 4, "final_logit_softcapping": 5.0, "attn_logit_softcapping": 5.0}
+QWEN_NEXT = {"layer_types": ["linear_attention", "full_attention"], "head_dim": 8, "num_experts": 4}
+QWEN_NEXT |= {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8,
+    "num_experts_per_tok": 2,
+}
+QWEN_NEXT |= {"linear_value_head_dim": 8, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+FALCON_H1 = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8}
 FAMILIES = {
     "llama, tied": (hf.LlamaConfig, SIZES | {"tie_word_embeddings": True}),
     "llama, eager": (hf.LlamaConfig, SIZES | {"attn_implementation": "eager"}),
@@ -29,6 +38,9 @@ FAMILIES = {
     "gpt2": (hf.GPT2Config, GPT2 | {"pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": END}),
     "mistral, window": (hf.MistralConfig, SIZES | {"sliding_window": 3}),
     "mixtral": (hf.MixtralConfig, SIZES | {"num_local_experts": 4}),
+    "lfm2, conv": (hf.Lfm2Config, SIZES | {"layer_types": ["conv", "full_attention"]}),
+    "qwen3 next, linear": (hf.Qwen3NextConfig, SIZES | QWEN_NEXT),
+    "falcon h1, both": (hf.FalconH1Config, SIZES | FALCON_H1),
 }
 
 
@@ -68,13 +80,19 @@ def test_log_probs_are_those_of_a_fresh_pass(family, lora, monkeypatch):
     torch.testing.assert_close(found.values, values, atol=1e-5, rtol=0)
 
 
-def test_a_model_that_changes_while_it_reads_can_be_trained_afterwards():
-    """Dynamic rotary positions replace a buffer at the first long sequence, which sampling makes without autograd."""
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_positions_are_refused_where_they_would_stretch(kind):
+    """Beyond 8 positions every row would be read otherwise, and keys in the cache would keep the earlier positions. So
+    sampling does not begin, and up to there nothing changes."""
     torch.manual_seed(0)
-    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
-    settings = hf.LlamaConfig(**SIZES, max_position_embeddings=8, rope_parameters=rope)
+    rope = {"rope_type": kind, "factor": 2.0, "rope_theta": 1e4}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 8}
+    settings = hf.LlamaConfig(**SIZES, max_position_embeddings=8 if kind == "dynamic" else 64, rope_parameters=rope)
     policy = Role(Backbone(hf.LlamaForCausalLM(settings).eval(), "tiny", None, torch.float32))
-    found = generate(policy, PROMPTS[:2], [("a",), ("b",)], seed=0, limit=24, end=-1, pad=PAD)
-    logprobs, _ = policy.logprobs(found.completions)
-    logprobs.sum().backward()
-    assert all(p.grad.isfinite().all() for p in policy.parameters())
+    names = [("rollouts", i) for i in range(2)]
+    found = generate(policy, PROMPTS[:2], names, seed=0, limit=4, end=-1, pad=PAD)
+    fresh = token_logprobs(policy, found.completions, 10_000)
+    torch.testing.assert_close(found.logprobs, fresh, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="9 tokens.*8 positions before they stretch, for every row"):
+        generate(policy, PROMPTS[:2], names, seed=0, limit=5, end=-1, pad=PAD)

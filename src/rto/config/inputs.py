@@ -83,6 +83,8 @@ class Files(Section):
     sft: str | None = None  # demonstrations; default: the chosen answers of the training pairs
     scored: str | None = None  # answers with a label or scores, for losses that read them (kto, mppo); default: pairs
     layout: Literal["auto", "trl", "hh", "sharegpt", "prompts", "messages"] = "auto"
+    config: str | None = Field(None, min_length=1)  # of a hub data set, as "main" of gsm8k
+    data_dir: str | None = Field(None, min_length=1)  # a folder of a hub data set, as "helpful-base" of hh-rlhf
     split: str = "train"
     limit: int | None = Field(None, ge=1)
     test: float = Field(0.05, gt=0, lt=1)  # share of the rows that only the evaluation sees

@@ -186,7 +186,7 @@ def _read(
 ) -> Loaded[Made]:
     loaded: Loaded[Made] = Loaded(name, [])
     known, first = recognised is None, None
-    for row, record in records(name, config.split, key):
+    for row, record in records(name, config.split, key, config.config, config.data_dir):
         try:
             if isinstance(record, BadRow):
                 raise record
@@ -228,14 +228,23 @@ def _complaint(key: str, loaded: Loaded[Any]) -> str:
 # --- reading -------------------------------------------------------------------------------------------
 
 
-def records(name: str, split: str, key: str) -> Iterator[tuple[int, Any]]:
+def records(
+    name: str, split: str, key: str, config: str | None = None, data_dir: str | None = None
+) -> Iterator[tuple[int, Any]]:
     """Numbered records of a file or a hub data set; a line that cannot be parsed comes as a :class:`BadRow`.
 
-    Raises ValueError with ``key`` and ``name`` for a file that is missing, damaged or of no known kind.
+    ``config`` and ``data_dir`` choose a part of a hub data set. Raises ValueError with ``key`` and ``name`` for a file
+    that is missing, damaged or of no known kind, and for one beside the choice of a part.
     """
     path = Path(os.path.expanduser(name))
     extension = next((known for known in EXTENSIONS if name.lower().endswith((known, known + ".gz"))), None)
     if os.path.isfile(path):  # Path.is_file raises for a name that is too long to be one
+        for option, part in (("config", config), ("data_dir", data_dir)):
+            if part is not None:
+                raise ValueError(
+                    f"data.{option} = {part!r} is a part of a hub data set, and data.{key} = {name!r} is a file: leave "
+                    f"data.{option} out (--data.{option} none), or name a data set of the hub"
+                )
         if extension is None:
             raise ValueError(
                 f"data.{key}: {name!r} is none of {', '.join(EXTENSIONS)} (each may be .gz): rename or convert it"
@@ -246,7 +255,7 @@ def records(name: str, split: str, key: str) -> Iterator[tuple[int, Any]]:
     pathlike = extension or name.count("/") > 1 or "\\" in name or name.startswith(("/", "./", "../", "~"))
     if pathlike and not os.path.isdir(path):
         raise ValueError(f"data.{key}: file not found: {plain(repr(name))} (looked for {plain(str(path.absolute()))})")
-    return _hub(name, split, key)
+    return _hub(name, split, key, config, data_dir)
 
 
 def _named(where: str, read: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
@@ -309,16 +318,17 @@ def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
         raise ValueError(f"cannot be read as Parquet after row {number} ({plain(str(error))})") from error
 
 
-def _hub(name: str, split: str, key: str) -> Iterator[tuple[int, Any]]:
+def _hub(name: str, split: str, key: str, config: str | None, data_dir: str | None) -> Iterator[tuple[int, Any]]:
     import datasets
 
     try:
-        rows = datasets.load_dataset(name, split=split)
+        rows = datasets.load_dataset(name, config, data_dir=data_dir, split=split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        known = ", ".join(EXTENSIONS)
+        known, part = ", ".join(EXTENSIONS), {"split": split, "config": config, "data_dir": data_dir}
+        told = ", ".join(f"{option} {plain(repr(value))}" for option, value in part.items() if value is not None)
         raise ValueError(
-            f"data.{key}: there is no file {plain(repr(name))}, and no data set of that name with split "
-            f"{plain(repr(split))} could be loaded ({plain(str(error))}). Give a local file ({known}), or check "
-            "data.split and the connection"
+            f"data.{key}: there is no file {plain(repr(name))}, and no data set of that name with {told} could be "
+            f"loaded ({plain(str(error))}). Give a local file ({known}), or check data.split, data.config, "
+            "data.data_dir and the connection"
         ) from error
     return enumerate(rows, 1)

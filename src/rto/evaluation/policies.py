@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from rto.data.chat import Encoder, PromptRow
 from rto.data.collate import collate_prompts
 from rto.evaluation.credit import credit_report
 from rto.evaluation.winrate import compare, without_nan
+from rto.models.memory import Budget
 from rto.models.role import Role
 from rto.models.runtime import Runtime
 from rto.numerics import masked_sum
@@ -23,6 +25,8 @@ from rto.rewards.kl import Estimator
 from rto.rollouts.generate import generate
 from rto.rollouts.score import sentence_scores, token_logprobs
 from rto.rollouts.signals import tokens_of
+
+logger = logging.getLogger(__name__)
 
 Oracle = Callable[[Sequence[PromptRow], Completions], list[float]]  # a prompt for each answer
 Truth = Callable[[str, list[str], bool], list[float]]  # prompt, tokens, finished -> true reward of each token
@@ -42,10 +46,11 @@ def answer(
     config: Evaluation,
     encoder: Encoder,
     seed: int,
-    budget: int,
+    budget: int | Budget,
     runtime: Runtime,
 ) -> Answers:
-    """``config.samples`` answers to each prompt. Row seeds are the same for every policy.
+    """``config.samples`` answers to each prompt. Row seeds are the same for every policy. ``budget`` bounds a pass; a
+    number: of this call alone.
 
     Raises:
         ValueError: a process would have no answer to make.
@@ -56,18 +61,24 @@ def answer(
             f"processes ({runtime.world}): raise one of them, or start fewer processes"
         )
     mine = runtime.share([(row, k) for row in prompts for k in range(config.samples)])
-    own = generate(
-        role,
-        [row.ids for row, _ in mine],
-        [("evaluation", row.row, k) for row, k in mine],
-        seed=seed,
-        limit=encoder.max_response,
-        end=encoder.end,
-        pad=encoder.pad,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        budget=budget,
-    ).completions
+
+    def work(tokens: int) -> Completions:
+        return generate(
+            role,
+            [row.ids for row, _ in mine],
+            [("evaluation", row.row, k) for row, k in mine],
+            seed=seed,
+            limit=encoder.max_response,
+            end=encoder.end,
+            pad=encoder.pad,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            budget=tokens,
+        ).completions
+
+    if not isinstance(budget, Budget):
+        budget = Budget(budget, logger.warning, runtime.gather_all, "reading")
+    own = budget.within(work)
     parts = runtime.gather_rows({"ids": own.ids, "mask": own.mask, "finished": own.finished})
     asked = [row.ids for row in prompts for _ in range(config.samples)]
     completions = Completions(collate_prompts(asked, encoder.pad), parts["ids"], parts["mask"], parts["finished"])
@@ -214,9 +225,9 @@ def credit_of(
     return without_nan(measured)
 
 
-def judge_by(scorer: Role, budget: int) -> Oracle:
-    """A scorer as oracle: its raw score."""
-    return lambda prompts, completions: sentence_scores(scorer, completions, budget).tolist()
+def judge_by(scorer: Role, budget: Budget) -> Oracle:
+    """A scorer as oracle: its raw score. It is asked :meth:`~rto.models.memory.Budget.within` the budget."""
+    return lambda prompts, completions: sentence_scores(scorer, completions, budget.tokens).tolist()
 
 
 def judge_by_truth(truth: Truth, encoder: Encoder) -> Oracle:

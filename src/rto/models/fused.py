@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -106,6 +107,8 @@ def fuse(network: nn.Module) -> None:
         if issubclass(kind, FusedNorm | FusedGate):
             continue
         if "RMSNorm" in kind.__name__ and isinstance(getattr(module, "weight", None), nn.Parameter):
+            if len(inspect.signature(kind.forward).parameters) != 2:  # itself and x: one that takes a gate besides
+                continue
             eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
             if isinstance(eps, float) and _norms(module, eps):
                 module.eps_ = eps

@@ -1,7 +1,9 @@
-"""What only a GPU can do for a model: kernels of other libraries, and activations that wait in main memory."""
+"""How a model computes: kernels of other libraries, ways of attention, and activations that wait in main memory."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,9 +16,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def check_device(model: recipe.Pretrained | recipe.Packaged | recipe.Scratch, device: torch.device) -> None:
-    """Raises ValueError for a key of [model] that this device cannot obey."""
+def check_device(
+    model: recipe.Pretrained | recipe.Packaged | recipe.Scratch, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Raises ValueError for a key of [model] that this device cannot obey. ``dtype`` is the precision of passes."""
     if device.type == "cuda":
+        if model.attention == "flash_attention_2" and dtype == torch.float32:
+            raise ValueError(
+                "model.attention = 'flash_attention_2' has no float32, in which this run computes: set model.dtype to "
+                "'bfloat16' on a GPU that has it, or model.attention to 'sdpa'"
+            )
         return
     if model.attention == "flash_attention_2":
         raise ValueError(
@@ -51,6 +60,26 @@ def use_liger(network: PreTrainedModel) -> None:
     if family not in KNOWN:
         raise ValueError(f"model.kernels = 'liger': Liger knows no kernels for the family {family}: leave it out")
     _apply_liger_kernel_to_instance(model=network, cross_entropy=False, fused_linear_cross_entropy=False)
+
+
+@contextlib.contextmanager
+def attending(network: PreTrainedModel, way: str) -> Iterator[None]:
+    """Passes inside compute attention in this way, a name of transformers'."""
+    parts = {key: getattr(network.config, key, None) for key in network.config.sub_configs}
+    before = {"": network.config._attn_implementation}
+    before |= {key: part._attn_implementation for key, part in parts.items() if part is not None}
+    network.set_attn_implementation(way)
+    try:
+        yield
+    finally:
+        network.set_attn_implementation(before)
+
+
+def attending_to_cache(network: PreTrainedModel) -> contextlib.AbstractContextManager[None]:
+    """For steps of sampling. Where prompts differ in length, transformers takes the padding out of all keys and values
+    for flash attention, in every layer at every token; PyTorch's own attention reads them where they are."""
+    flash = network.config.get_text_config()._attn_implementation.startswith("flash")
+    return attending(network, "sdpa") if flash and network._supports_sdpa else contextlib.nullcontext()
 
 
 class Offloaded(saved_tensors_hooks):

@@ -20,6 +20,15 @@ from rto.seeds import derive, global_torch
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+# What modules and settings call their dropouts, and the noise of routers. PhiMoE's router_jitter_noise is none of them:
+# it says which experts are near enough, in evaluation too.
+_RANDOM = [
+    *("dropout", "attention_dropout", "attn_dropout", "attn_dropout_p", "attn_pdrop", "activation_dropout"),
+    *("embedding_dropout", "hidden_dropout", "residual_dropout", "resid_pdrop", "layerdrop"),
+    *("jitter_noise", "input_jitter_noise", "moe_jitter_eps"),
+]
+_STRETCHED = ("dynamic", "longrope")
+
 
 def cache_folder() -> Path:
     """Where dequantised models are kept: $RTO_CACHE, or ~/.cache/rto."""
@@ -115,7 +124,8 @@ def load_network(
     A classifier that is made from a causal LM gets a fresh scalar head (:func:`initialise_head`).
 
     Raises:
-        ValueError: a classifier with several labels, a family without a ``score`` layer, or weights that are missing.
+        ValueError: a classifier with several labels, a family without a ``score`` layer or this ``attention``, or
+            weights that are missing.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -128,6 +138,7 @@ def load_network(
         if not fresh and settings.num_labels != 1:
             raise ValueError(f"{name} is a classifier with {settings.num_labels} labels; a scorer has exactly one")
         settings.num_labels = 1
+    check_family(name, settings, kind, attention, trust)
     factory = AutoModelForCausalLM if kind == "causal" else AutoModelForSequenceClassification
     options |= {"config": settings, "dtype": dtype, "attn_implementation": attention}
     with _without_load_report():
@@ -142,6 +153,30 @@ def load_network(
     if fresh:
         initialise_head(network.score, seed)
     return without_dropout(network)
+
+
+def check_family(
+    name: str, settings: PreTrainedConfig, kind: Literal["causal", "classifier"], attention: str, trust: bool
+) -> None:
+    """Raises ValueError where transformers has no class of this kind for a family, or none with this attention."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+    families: dict[str, tuple[str, Any]] = {
+        "causal": ("AutoModelForCausalLM", MODEL_FOR_CAUSAL_LM_MAPPING),
+        "classifier": ("AutoModelForSequenceClassification", MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
+    }
+    factory, classes = families[kind]
+    if trust and factory in (getattr(settings, "auto_map", None) or {}):  # the model brings its own
+        return
+    known = classes.get(type(settings), None)
+    if known is None and kind == "classifier":
+        raise ValueError(
+            f"{name}: transformers has no sequence classifier of the family {settings.model_type}, which a scorer or "
+            "critic trained in full is: train adapters, whose head is rto's own (model.lora.r = 16), or name a "
+            "reward.model of another family"
+        )
+    if attention == "sdpa" and not getattr(known, "_supports_sdpa", True):
+        raise ValueError(f"{name}: {known.__name__} has no model.attention = 'sdpa': set it to 'eager'")
 
 
 def refuse_pickles(name: str | Path) -> None:
@@ -181,6 +216,14 @@ def _without_load_report() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
+def fresh_head(network: PreTrainedModel, seed: int) -> nn.Linear:
+    """A scalar head on the states that the output layer reads, frozen. OPT's may be narrower than ``hidden_size``."""
+    width = network.get_output_embeddings().weight.shape[1]
+    head = nn.Linear(width, 1, bias=False)
+    initialise_head(head, seed)
+    return head.to(network.device).requires_grad_(False)
+
+
 def initialise_head(head: nn.Linear, seed: int) -> None:
     """N(0, 1/(hidden + 1)), as in OpenRLHF."""
     generator = torch.Generator().manual_seed(derive(seed, "head"))
@@ -212,35 +255,64 @@ def scratch_network(model: recipe.Scratch, tokenizer: PreTrainedTokenizerBase, e
 
 
 def without_dropout(network: PreTrainedModel) -> PreTrainedModel:
-    """Switch every dropout off: log-prob ratios and preference margins must compare models, not masks."""
+    """Switch every dropout and noise off: log-prob ratios and preference margins must compare models, not masks."""
     for module in network.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name in ("dropout", "attention_dropout", "attn_dropout", "activation_dropout", "layerdrop"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
+    for part in (network.config.get_text_config(), *network.modules()):  # some layers read the settings
+        for name in _RANDOM:
+            if isinstance(getattr(part, name, None), float):
+                setattr(part, name, 0.0)
     return network.eval()
 
 
 def positions_of(settings: PreTrainedConfig) -> int | None:
-    """How many tokens a model reads at once, its rotary positions' scaling included; None: as many as one likes."""
+    """How many tokens a model reads at once, its rotary positions' scaling included; None: as many as one likes.
+
+    Where a longer row would change the others in its batch (:func:`stretches`), it is the length up to which none does.
+    """
     settings = settings.get_text_config()
     known = getattr(settings, "max_position_embeddings", None)
     if not known:
         return None
-    scaling = getattr(settings, "rope_parameters", None) or {}
     found = [known]
-    for rope in (scaling, *scaling.values()):  # some families keep one for each type of layer
-        if isinstance(rope, dict):
-            if rope.get("rope_type") == "dynamic":  # it stretches with what it reads
-                return None
-            found.append(int((rope.get("factor") or 1) * (rope.get("original_max_position_embeddings") or known)))
+    for rope in _ropes(settings):
+        original = rope.get("original_max_position_embeddings") or known
+        if rope.get("rope_type") in _STRETCHED:
+            return original if rope["rope_type"] == "longrope" else known
+        found.append(int((rope.get("factor") or 1) * original))
     return max(found)
 
 
+def stretches(settings: PreTrainedConfig) -> bool:
+    """Whether one long row changes the rotary positions of all rows that are read with it; keys in a cache keep the
+    earlier ones."""
+    return any(rope.get("rope_type") in _STRETCHED for rope in _ropes(settings.get_text_config()))
+
+
+def _ropes(settings: Any) -> list[dict[str, Any]]:
+    scaling = getattr(settings, "rope_parameters", None) or {}
+    return [rope for rope in (scaling, *scaling.values()) if isinstance(rope, dict)]  # perhaps one a type of layer
+
+
 def has_vocabulary(ours: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
-    """Whether two tokenizers know the same tokens under the same ids."""
-    return ours.get_vocab() == other.get_vocab()
+    """Whether two tokenizers know the same tokens under the same ids.
+
+    A special token that ours gives no part in a text (Llama 3 reserves hundreds) may have another name in the other.
+    """
+    mine, theirs = ours.get_vocab(), other.get_vocab()
+    differing = {id for _, id in mine.items() ^ theirs.items()}
+    return not differing or differing <= _unused(ours) & _special(other)
+
+
+def _special(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    return {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
+def _unused(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Special tokens that neither begin, end nor pad a text, and that no template writes."""
+    known, template = tokenizer.added_tokens_decoder, str(tokenizer.chat_template)
+    return {id for id in _special(tokenizer) - set(tokenizer.all_special_ids) if known[id].content not in template}
 
 
 def same_vocabulary(ours: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, role: str, name: str) -> None:

@@ -43,8 +43,10 @@ class AddingLinear(Linear):
         return alike and plain and up.bias is None
 
 
-def add_in_place(layers: list[Any]) -> None:
-    """Change peft's linear layers among ``layers`` into these."""
+def add_in_place(layers: list[Any], autocast: bool = False) -> None:
+    """Change peft's linear layers among ``layers`` into these. ``autocast``: passes run under it."""
     for layer in layers:
+        # peft makes an adapter's input float32, as its weights are; autocast would change it back at once
+        layer.cast_input_dtype_enabled = not autocast
         if type(layer) is Linear:
             layer.__class__ = AddingLinear

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rto.batch import Completions, Prompts
@@ -51,10 +52,31 @@ def keeps_apart(role: Role) -> bool:
     real = torch.ones(3, 6, dtype=torch.bool, device=backbone.device)
     real[1, :2] = real[2, 4:] = False
     rows = Completions(Prompts(ids[:, :3], real[:, :3]), ids[:, 3:], real[:, 3:], real[:, 5])
-    return same_states(role.packed(rows)[real], role.padded(rows)[real], backbone.compute)
+    found = tried(lambda: role.packed(rows))
+    return found is not None and same_states(found, role.padded(rows), real, backbone.compute)
 
 
-def same_states(found: Float[Tensor, "N H"], plain: Float[Tensor, "N H"], compute: torch.dtype) -> bool:
-    """Whether two ways to read the same tokens differ by no more than the rounding of ``compute``."""
-    gap = (found - plain).abs().max() / plain.abs().max()
-    return bool(gap < (1e-4 if compute == torch.float32 else 5e-2))
+def tried(read: Callable[[], Float[Tensor, "B S H"]]) -> Float[Tensor, "B S H"] | None:
+    """What a trial reads; None where it is given masks or positions of a shape that the family does not take."""
+    try:
+        return read()
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, RuntimeError, IndexError, TypeError):
+        return None
+
+
+def same_states(
+    found: Float[Tensor, "B S H"], plain: Float[Tensor, "B S H"], real: Bool[Tensor, "B S"], compute: torch.dtype
+) -> bool:
+    """Whether two ways to read the same ``real`` tokens differ by no more than the rounding of ``compute``.
+
+    In bfloat16 that is told by means over dimensions, of which one may be a hundred times as large as the others, and
+    one token of a row may differ altogether: rounding decides whether it draws the attention of the others. Of
+    SmolLM2-135M all other tokens differed by at most 0.10, where answers saw each other two by at least 0.20.
+    """
+    gap, size = (found - plain).float().abs(), plain.float().abs()
+    if compute == torch.float32:
+        return bool(gap[real].max() < 1e-4 * size[real].max())
+    differs = ~(gap.mean(-1) < 0.15 * size.mean(-1)) & real
+    return bool((differs.sum(-1) <= 1).all())

@@ -103,7 +103,7 @@ class Backbone:
         del self.network.peft_config  # peft's mark: it would be saved, and warned of at the next adapter
         self._targets = sorted(settings.target_modules)  # "all-linear" has become the layers' names
         self._layers = [m for m in self.network.modules() if isinstance(m, BaseTunerLayer)]
-        add_in_place(self._layers)
+        add_in_place(self._layers, autocast=self.compute != torch.float32)
         for parameter in self.adapter_parameters(name).values():
             parameter.data = parameter.data.float()
         self._adapter_weights = [p for key, p in self.network.named_parameters() if ".lora_" in key]

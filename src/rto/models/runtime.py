@@ -8,19 +8,27 @@ processes with half the batch each give the gradient of one process with all of 
 from __future__ import annotations
 
 import ctypes
+import json
+import os
 import platform
 import resource
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch import Tensor, nn
 
 from rto.models.threads import choose_threads
 from rto.room import Room
+
+# One process alone writes and reads back a checkpoint while the others wait: NCCL's own limit is 10 minutes
+PATIENCE = timedelta(hours=4)
+MESSAGE = 2**26  # numbers of gradients that are sent at once, beside which a copy of them stands
 
 
 class Runtime:
@@ -30,10 +38,16 @@ class Runtime:
         if device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device = 'cuda', but this machine has no usable GPU: use device = 'auto' or 'cpu'")
         self._trackers = list(trackers)
+        self._drawn: set[str] = set()  # what wandb knows the x axis of
+        _check_trackers(self._trackers)
         cpu = device == "cpu" or not torch.cuda.is_available()
+        _check_processes(cpu)
         _keep_freed_memory()
         self.threads = choose_threads()
-        self.accelerator = Accelerator(cpu=cpu, log_with=self._trackers or None, project_dir=folder)
+        waiting = InitProcessGroupKwargs(timeout=PATIENCE)
+        self.accelerator = Accelerator(
+            cpu=cpu, log_with=self._trackers or None, project_dir=folder, kwargs_handlers=[waiting]
+        )
         self.device = self.accelerator.device
         self.rank = self.accelerator.process_index
         self.world = self.accelerator.num_processes
@@ -42,7 +56,7 @@ class Runtime:
     def dtype(self, name: str) -> torch.dtype:
         """``auto`` is bfloat16 on a GPU that has it and float32 elsewhere (CPUs emulate bfloat16 slowly)."""
         if name == "auto":
-            cuda = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
+            cuda = self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
             return torch.bfloat16 if cuda else torch.float32
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
@@ -77,7 +91,7 @@ class Runtime:
         return total
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Add up the processes' gradients, in one message; a parameter without a gradient counts as zero."""
+        """Add up the processes' gradients in a few messages; a parameter without a gradient counts as zero."""
         if self.world == 1:
             return
         parameters = list(parameters)
@@ -85,25 +99,76 @@ class Runtime:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
         grads: list[Tensor] = [p.grad for p in parameters if p.grad is not None]
-        flat = torch.cat([g.flatten() for g in grads])
-        torch.distributed.all_reduce(flat)
-        for g, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-            g.copy_(part.view_as(g))
+        start = 0
+        while start < len(grads):
+            stop = start + 1
+            while stop < len(grads) and sum(g.numel() for g in grads[start : stop + 1]) <= MESSAGE:
+                stop += 1
+            some = grads[start:stop]
+            flat = torch.cat([g.flatten() for g in some]) if len(some) > 1 else some[0].flatten()
+            torch.distributed.all_reduce(flat)
+            for g, part in zip(some, flat.split([g.numel() for g in some]), strict=True):
+                g.copy_(part.view_as(g))
+            start = stop
 
     def wait(self) -> None:
-        self.accelerator.wait_for_everyone()
+        if self.world > 1:  # accelerate's own would name a GPU, also where the processes compute on the CPU
+            torch.distributed.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def start_trackers(self, name: str, config: dict[str, Any]) -> None:
         if self._trackers:
-            self.accelerator.init_trackers(name, config)
+            self.accelerator.init_trackers(name, dict(_flat(config)))
 
-    def track(self, values: dict[str, float], step: int) -> None:
-        if self._trackers:
-            self.accelerator.log(values, step=step)
+    def track(self, stage: str, step: int, values: dict[str, float]) -> None:
+        """One row of a stage. wandb drops a row whose step is below the last one's, and every stage begins at 1: there
+        the rows are counted, and ``STAGE/step`` is the x axis of the stage."""
+        axis, row = f"{stage}/step", {f"{stage}/{key}": value for key, value in values.items()}
+        for tracker in self.accelerator.trackers:  # of the main process only
+            if tracker.name != "wandb":
+                tracker.log(row, step=step)
+                continue
+            for key in sorted(row.keys() - self._drawn):  # not STAGE/*, which would take in prefer/NAME with prefer
+                tracker.tracker.define_metric(key, step_metric=axis)
+            self._drawn |= row.keys()
+            tracker.log(row | {axis: step})
+
+    def peak_memory_mb(self) -> float:
+        """The largest memory this process has held so far, in MB of 2^20 bytes: on a GPU that of its tensors there."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**20
+        unit = 2**20 if sys.platform == "darwin" else 2**10
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
     def close(self) -> None:
         if self._trackers:
             self.accelerator.end_training()
+
+
+def _check_processes(cpu: bool) -> None:
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    if not cpu and here > torch.cuda.device_count():
+        raise ValueError(
+            f"{here} processes on a machine with {torch.cuda.device_count()} GPUs: each needs one of its own. Start "
+            "fewer (--nproc_per_node), or compute on the CPU (--device cpu)"
+        )
+
+
+def _check_trackers(names: list[str]) -> None:
+    """accelerate leaves a tracker that is not installed out, and says so in debug messages only."""
+    usable = set(map(str, get_available_trackers()))
+    if missing := [name for name in names if name not in usable]:
+        raise ValueError(
+            f"trackers: {missing[0]!r} is not installed: pip install {missing[0]}, or take it out of the list"
+        )
+
+
+def _flat(config: dict[str, Any], lead: str = "") -> Iterator[tuple[str, str | int | float]]:
+    """Dotted keys with values that every tracker takes: numbers, truths and text; all else as JSON."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{lead}{key}.")
+        else:
+            yield lead + key, value if isinstance(value, (str, int, float)) else json.dumps(value)
 
 
 def leave_group() -> None:
@@ -160,11 +225,3 @@ def release_memory() -> None:
     Room.idle.clear()
     if heap is not None:
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def peak_memory_mb() -> float:
-    """The largest memory this process has held so far, in MB (GPU memory where there is a GPU)."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from rto.batch import Completions, Prompts, Siblings
-from rto.models.packing import same_states
+from rto.models.packing import same_states, tried
 
 if TYPE_CHECKING:
     from rto.models.role import Role
@@ -78,4 +78,5 @@ def reads_forked(role: Role) -> bool:
     siblings = Siblings(Prompts(ids[:, :3], asked), ids[:, 3:], mask, mask[:, 0])
     _, real = siblings.sequence()
     plain = role.padded(Completions(siblings.prompt, siblings.ids, siblings.mask, siblings.finished))
-    return same_states(role.fork(siblings)[real], plain[real], backbone.compute)
+    found = tried(lambda: role.fork(siblings))
+    return found is not None and same_states(found, plain, real, backbone.compute)

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rto.batch import Completions
-from rto.models.load import initialise_head
+from rto.models.load import fresh_head
 from rto.models.role import Role
 from rto.numerics import predicting
 
@@ -22,9 +22,7 @@ class TrunkCritic(Role):
 
     def __init__(self, policy: Role, seed: int, detached: bool) -> None:
         shared = policy.backbone
-        head = nn.Linear(shared.network.config.get_text_config().hidden_size, 1, bias=False)
-        initialise_head(head, seed)
-        super().__init__(shared, policy.adapter, head.to(shared.device).requires_grad_(False))
+        super().__init__(shared, policy.adapter, fresh_head(shared.network, seed))
         self.detached = detached
 
     def parameters(self) -> list[nn.Parameter]:

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
 
 from rto import config as recipe
 from rto.batch import Completions, Prompts
 from rto.models import checkpoint
 from rto.models.kernels import check_device, use_liger
 from rto.models.load import (
-    initialise_head,
+    fresh_head,
     is_classifier,
     load_network,
     locate,
     positions_of,
     revision_of,
     same_vocabulary,
+    stretches,
     tokenizer_at,
 )
 from rto.models.role import Backbone, Role
@@ -41,7 +41,7 @@ class Workshop:
         runtime: Runtime,
         seed: int,
     ) -> None:
-        check_device(model, runtime.device)
+        check_device(model, runtime.device, runtime.dtype(model.dtype))
         self.model = model
         self.base = base
         self.tokenizer = tokenizer
@@ -102,9 +102,7 @@ class Workshop:
             backbone.add_adapter(name)
         if not head:
             return Role(backbone, name)
-        linear = nn.Linear(backbone.network.config.get_text_config().hidden_size, 1, bias=False)
-        initialise_head(linear, self.seed)
-        return Role(backbone, name, linear.to(backbone.device).requires_grad_(False))
+        return Role(backbone, name, fresh_head(backbone.network, self.seed))
 
     def _backbone(self) -> Backbone:
         if self._shared is None:
@@ -154,12 +152,14 @@ class Workshop:
 
 def check_positions(backbone: Backbone, longest: int) -> None:
     """Raises ValueError when a prompt and its answer, ``longest`` tokens together, are more than the model reads."""
-    positions = positions_of(backbone.network.config)
+    settings = backbone.network.config
+    positions = positions_of(settings)
     if positions is not None and longest > positions:
         name = backbone.source or "the new model"
+        why = " before they stretch, for every row of a batch at once" if stretches(settings) else ""
         raise ValueError(
             f"a prompt and its answer can be {longest} tokens together (data.max_prompt and data.max_response bound "
-            f"them), but {name} has {positions} positions: lower one of the two, or choose a model with more"
+            f"them), but {name} has {positions} positions{why}: lower one of the two, or choose a model with more"
         )
 
 
@@ -168,8 +168,9 @@ def verify(role: Role, end: int) -> float:
     """Compare our token log-probs with the model's own logits; the largest difference (nats).
 
     Ours come from a batch, once as in training and once as in sampling: padded on the left and token by token with
-    a cache. The model's own come from each row alone. So this also finds families to which padding is not nothing,
-    and those that keep no ordinary cache.
+    a cache whose rows are repeated, leave and change places. With gradient checkpointing they are made in training mode
+    too. The model's own come from each row alone. So this also finds families to which padding is not nothing, those
+    that keep no ordinary cache, and those that draw random numbers in training.
 
     Raises:
         ValueError: they differ, or the model does not know ``end``: nothing may be trained on this model.
@@ -185,24 +186,37 @@ def verify(role: Role, end: int) -> float:
     mask = torch.ones(2, 6, dtype=torch.bool, device=backbone.device)
     mask[1, :2] = False
     answers = torch.ones(2, 3, dtype=torch.bool, device=backbone.device)
-    at_once, _ = role.logprobs(Completions(Prompts(ids[:, :3], mask[:, :3]), ids[:, 3:], answers, answers[:, 0]))
+    rows = Completions(Prompts(ids[:, :3], mask[:, :3]), ids[:, 3:], answers, answers[:, 0])
+    found = {"hidden states": role.logprobs(rows)[0]}
+    if backbone.checkpointing:
+        with torch.enable_grad():
+            found["passes in training mode"] = role.logprobs(rows)[0].detach()
+        role.activate()
 
-    cache = DynamicCache(config=backbone.network.config)
+    cache: Any = DynamicCache(config=backbone.network.config)
     states = [backbone.states(ids[:, :3], mask[:, :3], cache)[:, -1]]
-    states += [backbone.states(ids[:, t : t + 1], mask[:, : t + 1], cache)[:, -1] for t in (3, 4)]
+    twice = torch.tensor([1, 0, 1, 0], device=backbone.device)  # each prompt has two answers
+    cache.reorder_cache(twice)
+    states.append(backbone.states(ids[twice, 3:4], mask[twice, :4], cache)[[1, 0], -1])
+    cache.reorder_cache(twice.new_tensor([3, 0]))  # rows 0 and 1 again: two of the four leave
+    states.append(backbone.states(ids[:, 4:5], mask[:, :5], cache)[:, -1])
     by_step = torch.stack([backbone.project(s).float().log_softmax(-1) for s in states], 1)
-    by_step = by_step.gather(-1, ids[:, 3:, None]).squeeze(-1)
+    found["sampling steps"] = by_step.gather(-1, ids[:, 3:, None]).squeeze(-1)
 
     theirs = []
     for row, start in ((0, 0), (1, 2)):
         with backbone.autocast():
             logits = backbone.network(input_ids=ids[row : row + 1, start:]).logits[0, -4:-1]
         theirs.append(logits.float().log_softmax(-1).gather(-1, ids[row, 3:, None]).squeeze(-1))
-    gaps = [(ours - torch.stack(theirs)).abs().max().item() for ours in (at_once, by_step)]
-    for gap, what in zip(gaps, ("hidden states", "sampling steps"), strict=True):
+    gaps = {what: (ours - torch.stack(theirs)).abs().max().item() for what, ours in found.items()}
+    for what, gap in gaps.items():
         if not gap < (1e-2 if backbone.compute == torch.float32 else 0.2):
+            remedy = "rto does not know how this family works: choose another"
+            if what == "passes in training mode":
+                remedy = "Gradient checkpointing needs it, and this family is random in it: "
+                remedy += "set model.gradient_checkpointing = false"
             raise ValueError(
                 f"{backbone.source} ({type(backbone.network).__name__}): log-probs from {what} differ from the model's "
-                f"own by {gap:.3g} nats. rto does not know how this family works: choose another"
+                f"own by {gap:.3g} nats. {remedy}"
             )
-    return max(gaps)
+    return max(gaps.values())

@@ -167,6 +167,7 @@ def generate(
 ) -> list[dict[str, Any]]:
     """Answers of one policy of a run: to ``prompts``, to the prompts of a file, or to the held-out ones.
 
+    ``prompts`` are asked as the run was trained: as chats, or as they are where its own prompts are plain strings.
     ``policy`` is "sft", the guide's loss ("dpo"), or a policy of the recipe (default: its method).
     Sampling takes ``temperature`` 1, ``top_p`` 1 and ``seed`` 0 where they are None. A beam search takes 5 ``beams``
     and the ``score`` "policy"; the reference of "implicit" is the run's. Its rows tell their ``search_score`` (nats).
@@ -193,7 +194,7 @@ def generate(
     role = shop.reference() if name == "sft" else open_policy(job, shop, stage, "generated")
     encoder = job.rows.encoder
     if prompts:
-        chat = isinstance(config.data, recipe.Files)
+        chat = not all(isinstance(row.prompt, str) for row in job.rows.test_prompts)
         texts = [TextPrompt(i, [{"role": "user", "content": t}] if chat else t) for i, t in enumerate(prompts, 1)]
         asked = encode_all(encoder, Loaded("--prompt", texts[:limit])).rows
     elif file:

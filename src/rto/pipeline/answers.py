@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from rto import config as recipe
+from rto.batch import Completions
 from rto.config import Config, Evaluation
 from rto.data.chat import Encoded, Encoder, PromptRow, encode_prompts
 from rto.data.layouts import Prompt
@@ -22,6 +23,7 @@ from rto.evaluation.arena_style import APPROXIMATE, token_counter
 from rto.evaluation.formats import FORMATS, Answer, Counter, Format, Question, Record, read_questions
 from rto.evaluation.mtbench import OTHER_TEMPERATURE, TEMPERATURES
 from rto.models.checkpoint import fingerprint
+from rto.models.memory import Budget
 from rto.models.role import Role
 from rto.pipeline.job import Job, differences, write_json
 from rto.pipeline.readers import open_policy
@@ -131,7 +133,8 @@ def write_answers(
     if todo:
         shop = job.workshop()
         role = shop.reference() if stage == "sft" else open_policy(job, shop, stage, "generated")
-        budget = batch_tokens or config.policy.reading_tokens
+        tokens, what = (batch_tokens, "batch") if batch_tokens else (config.policy.reading_tokens, "reading")
+        budget = Budget(tokens, job.progress.say, job.runtime.gather_all, what)
         writer = Writer(job, role, format, questions, settings, seed or 0, budget)
         with job.progress:
             job.progress.start("generate", total, total - len(todo))
@@ -175,7 +178,7 @@ class Writer:
     """One policy that answers questions in batches."""
 
     def __init__(
-        self, job: Job, role: Role, format: str, source: str, settings: Evaluation, seed: int, budget: int
+        self, job: Job, role: Role, format: str, source: str, settings: Evaluation, seed: int, budget: Budget
     ) -> None:
         self.role, self.format, self.source = role, format, source
         self.settings, self.seed, self.budget = settings, seed, budget
@@ -190,7 +193,7 @@ class Writer:
         width = 0
         for one in asked:
             mine = len(self.encoder.prompt(self._first(one[1]))) + self.encoder.max_response
-            full = max(width, mine) * (len(batch) + 1) > self.budget
+            full = max(width, mine) * (len(batch) + 1) > self.budget.tokens
             if batch and (full or self.temperature(one[1]) != self.temperature(batch[0][1])):
                 yield batch
                 batch, width = [], 0
@@ -223,18 +226,8 @@ class Writer:
                 ]
             rows, lost = self._encode(chats, mine)
             cut += lost
-            found = generate(
-                self.role,
-                [row.ids for row in rows],
-                [self._seed(asked, turn) for asked in mine],
-                seed=self.seed,
-                limit=self.encoder.max_response,
-                end=self.encoder.end,
-                pad=self.encoder.pad,
-                temperature=self.temperature(batch[0][1]),
-                top_p=self.settings.top_p,
-                budget=self.budget,
-            ).completions
+            names = [self._seed(asked, turn) for asked in mine]
+            found = self._sampled([row.ids for row in rows], names, self.temperature(batch[0][1]))
             for i, (ids, mask) in enumerate(zip(found.ids, found.mask, strict=True)):
                 text = self.encoder.decode(ids[mask].tolist())
                 said[i].append(text if self.format == "jsonl" else text.strip())
@@ -249,6 +242,23 @@ class Writer:
             Answer(question, number, texts, marks, model, now)
             for (number, question), (texts, marks) in zip(batch, whole, strict=True)
         ]
+
+    def _sampled(self, prompts: list[list[int]], names: list[SeedName], temperature: float) -> Completions:
+        def work(tokens: int) -> Completions:
+            return generate(
+                self.role,
+                prompts,
+                names,
+                seed=self.seed,
+                limit=self.encoder.max_response,
+                end=self.encoder.end,
+                pad=self.encoder.pad,
+                temperature=temperature,
+                top_p=self.settings.top_p,
+                budget=tokens,
+            ).completions
+
+        return self.budget.within(work)
 
     def _first(self, question: Question) -> Any:
         prompt = question.turns[0]

@@ -40,7 +40,7 @@ class Check:
 def checks(config: Config, rows: Rows, runtime: Runtime) -> list[Check]:
     """All of them, in the order in which they are told."""
     found = [*_round_trip(rows), *_template(config, rows.encoder), *_end(config, rows.encoder)]
-    found += [*_roles(config, rows), *_licences(config), *_precision(config, runtime), *_trust(config)]
+    found += [*_roles(config, rows), *_licences(config), *_precision(config, runtime), *_trust(config), *_rates(config)]
     return found
 
 
@@ -207,6 +207,30 @@ def _trust(config: Config) -> Iterator[Check]:
         if _trusted(model):
             text = f"trust_remote_code is on for {model.name}: its repository's Python runs on this machine"
             yield Check(f"code of {role}", "note", text)
+
+
+def _rates(config: Config) -> Iterator[Check]:
+    """Default rates are the papers', of full training. An adapter starts at zero and moves by about a rate a step."""
+    stages: dict[str, tuple[Any, Any]] = {}
+    if "sft" in config.stages:
+        stages["sft"] = (config.sft, config.model)
+    if "prefer" in config.stages:
+        stages |= {
+            name: (prefer, config.model) for name, prefer in config.preferences().items() if not prefer.checkpoint
+        }
+    if "reward" in config.stages:
+        trained = {name: scorer for name, scorer in config.rewards().items() if not scorer.checkpoint}
+        stages |= {name: (scorer, scorer.model or config.model) for name, scorer in trained.items()}
+    if "rl" in config.stages:
+        stages |= {name: (policy, config.model) for name, policy in config.policies().items()}
+    small = [
+        f"{name} {stage.lr:g}"
+        for name, (stage, model) in stages.items()
+        if model.lora is not None and stage.lr <= type(stage).model_fields["lr"].default
+    ]
+    if small:
+        text = f"{', '.join(small)}: rates of full training; adapters hardly move with them, they want 1e-5 to 2e-4"
+        yield Check("learning rates", "note", text)
 
 
 def _trusted(model: Any) -> bool:

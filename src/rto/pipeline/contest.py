@@ -21,6 +21,7 @@ from rto.evaluation.runs import used_in_training
 from rto.evaluation.winrate import without_nan
 from rto.models.checkpoint import read_notes
 from rto.models.load import same_vocabulary, tokenizer_at
+from rto.models.memory import Budget
 from rto.models.role import Role
 from rto.models.workshop import Workshop
 from rto.pipeline.job import Job, write_json
@@ -40,12 +41,13 @@ Failure = Callable[[], str | None]  # why an oracle's latest scores are missing,
 def evaluate(job: Job) -> str:
     """Write evaluation.json, credit.json and every policy's answers."""
     config, rows, shop = job.config, job.rows, job.workshop()
-    settings, budget = config.evaluation, config.policy.reading_tokens
+    settings = config.evaluation
+    budget = Budget(config.policy.reading_tokens, job.progress.say, job.runtime.gather_all, "reading")
     prompts = rows.test_prompts[: settings.prompts]
     asked = [row for row in prompts for _ in range(settings.samples)]
     truth = token_rewards if isinstance(config.data, recipe.World) else None
     reference = shop.reference()
-    judge, description, failure = _judge(job, shop, truth)
+    judge, description, failure = _judge(job, shop, truth, budget)
 
     places = contestants(job)
     answers: dict[str, contest.Answers] = {}
@@ -57,9 +59,9 @@ def evaluate(job: Job) -> str:
     for number, (name, stage) in enumerate(places.items(), 1):
         role = reference if stage == "sft" else open_policy(job, shop, stage, f"policy{number}")
         answers[name] = contest.answer(role, prompts, settings, rows.encoder, config.seed, budget, job.runtime)
-        scores[name] = _scores(job, judge, failure, name, asked, answers[name].completions)
-        kls[name] = contest.kl_to_reference(role, reference, answers[name], budget)
-        credit = _credit(job, shop, opened, name, role, prompts, answers, truth)
+        scores[name] = _scores(job, judge, failure, name, asked, answers[name].completions, budget)
+        kls[name] = budget.within(partial(contest.kl_to_reference, role, reference, answers[name]))
+        credit = _credit(job, shop, opened, name, role, prompts, answers, truth, budget)
         views += credit[0]
         table |= credit[1]
         job.progress.update(number, {"score": fmean(score for score in scores[name] if not math.isnan(score))})
@@ -95,6 +97,7 @@ def _credit(
     prompts: Sequence[PromptRow],
     answers: dict[str, contest.Answers],
     truth: contest.Truth | None,
+    budget: Budget,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Where a policy's rewards put credit: on some of its own answers, and, against the truth, on the reference's
     first answer to each prompt. A guide's credit is its log-ratio to the reference."""
@@ -112,21 +115,33 @@ def _credit(
         few = answers[name].completions.rows(slice(0, SHOWN * step, step))
     views, table = [], {}
     if few is not None:
-        few, signals, asked = _signals(reader, few, role, prompts[:SHOWN])
+        few, signals, asked = _signals(job, reader, few, role, prompts[:SHOWN], budget, policy)
         kl = (policy.kl.coef if policy.kl.place == "reward" else 0.0, policy.kl.estimator)
         views = contest.credit_views(name, asked, few, signals, terms, kl, encoder, truth)
     if truth is not None:
         sample = answers["sft"].completions.rows(slice(0, None, step))
-        sample, signals, asked = _signals(reader, sample, reader.reference, prompts)
+        sample, signals, asked = _signals(job, reader, sample, reader.reference, prompts, budget, policy)
         table[name] = contest.credit_of(terms, asked, sample, signals, encoder, truth, config.seed)
     return views, table
 
 
 def _signals(
-    reader: Reader, completions: Completions, policy: Role, prompts: Sequence[PromptRow]
+    job: Job,
+    reader: Reader,
+    completions: Completions,
+    role: Role,
+    prompts: Sequence[PromptRow],
+    budget: Budget,
+    policy: recipe.Policy,
 ) -> tuple[Completions, Signals, list[PromptRow]]:
-    """What the terms read of these answers, without those whose reward is missing."""
-    parts = reader.read(completions, token_logprobs(policy, completions, reader.budget), policy, prompts)
+    """What the terms of ``policy`` read of these answers, without those whose reward is missing."""
+
+    def work(tokens: int) -> dict[str, Tensor]:
+        # A baseline may have micro_tokens of its own: its passes are halved as often as those of [policy].
+        reader.budget = max(1, policy.reading_tokens * tokens // job.config.policy.reading_tokens)
+        return reader.read(completions, token_logprobs(role, completions, reader.budget), role, prompts)
+
+    parts = budget.within(work)
     keep = (~missing(parts)).nonzero().squeeze(-1)
     signals = Signals(**{name: part[keep] for name, part in parts.items()})
     return completions.rows(keep), signals, [prompts[i] for i in keep.tolist()]
@@ -139,6 +154,7 @@ def _scores(
     name: str,
     asked: Sequence[PromptRow],
     completions: Completions,
+    budget: Budget,
 ) -> list[float]:
     """The oracle's score of each answer, NaN where it gave none. Every process asks for its share.
 
@@ -146,11 +162,14 @@ def _scores(
         ValueError: there is no score at all.
     """
     runtime = job.runtime
-    own, refused = [], None
-    try:
-        own = judge(runtime.share(list(asked)), completions.rows(slice(runtime.rank, None, runtime.world)))
-    except ValueError as error:  # told by all processes: the others would wait for this one
-        refused = str(error)
+
+    def work(_: int) -> tuple[list[float], str | None]:
+        try:
+            return judge(runtime.share(list(asked)), completions.rows(slice(runtime.rank, None, runtime.world))), None
+        except ValueError as error:  # told by all processes: the others would wait for this one
+            return [], str(error)
+
+    own, refused = budget.within(work)
     if errors := [said for said in runtime.gather_all(refused) if said is not None]:
         raise ValueError(errors[0])
     found = runtime.gather_rows({"scores": torch.tensor(own, dtype=torch.float64)})["scores"].tolist()
@@ -164,9 +183,11 @@ def _scores(
     return found
 
 
-def _judge(job: Job, shop: Workshop, truth: contest.Truth | None) -> tuple[contest.Oracle, str, Failure]:
+def _judge(
+    job: Job, shop: Workshop, truth: contest.Truth | None, budget: Budget
+) -> tuple[contest.Oracle, str, Failure]:
     """The oracle, what the report says of it, and what it last failed with."""
-    settings, budget = job.config.evaluation.oracle, job.config.policy.reading_tokens
+    settings = job.config.evaluation.oracle
     if isinstance(settings, recipe.WorldOracle):
         assert truth is not None
         return contest.judge_by_truth(truth, job.rows.encoder), "the tiny world's own reward, exact", _no_failure
@@ -192,7 +213,8 @@ def _judge(job: Job, shop: Workshop, truth: contest.Truth | None) -> tuple[conte
 
         oracle = contest.judge_by_words(post, job.rows.encoder)
         return oracle, f"the server {server.name}", lambda: server.last_failure
-    model = recipe.Pretrained(name=settings.name, trust_remote_code=settings.trust_remote_code)
+    trust, dtype = settings.trust_remote_code, job.config.model.dtype
+    model = recipe.Pretrained(name=settings.name, trust_remote_code=trust, dtype=dtype)
     same_vocabulary(job.tokenizer, tokenizer_at(settings.name, model), "oracle", settings.name)
     own = Workshop(model, settings.name, job.tokenizer, job.runtime, job.config.seed)
     scorer = own.open_scorer(settings.name, "oracle", None, trained=False)

@@ -21,7 +21,7 @@ from rto.models.incidents import Incidents
 from rto.models.kernels import check_device
 from rto.models.load import locate
 from rto.models.role import Role
-from rto.models.runtime import Runtime, peak_memory_mb
+from rto.models.runtime import Runtime
 from rto.models.saver import Saver, best_of, read_by_all
 from rto.models.store import Checkpoint, Store, flush_all
 from rto.models.workshop import Workshop
@@ -70,7 +70,7 @@ class Job:
         models = [self.config.model, *(scorer.model for scorer in self.config.rewards().values())]
         for model in models:
             if model is not None:
-                check_device(model, self.runtime.device)
+                check_device(model, self.runtime.device, self.runtime.dtype(model.dtype))
         self.progress = Progress(enabled=self.runtime.main and not self.quiet)
 
     @property
@@ -132,7 +132,11 @@ class Job:
             self.writer.settle()  # whoever comes next may write there
         self.runtime.wait()
         if self.runtime.main:
-            record = {"path": path, "seconds": time.perf_counter() - begun, "peak_memory_mb": peak_memory_mb()}
+            record = {
+                "path": path,
+                "seconds": time.perf_counter() - begun,
+                "peak_memory_mb": self.runtime.peak_memory_mb(),
+            }
             # A comparison that lacks this stage's model is no longer the whole one.
             kept = {name: other for name, other in self.finished().items() if not other.get("redo")}
             machine = {"device": str(self.runtime.device), **asdict(self.runtime.threads)}

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -183,7 +183,8 @@ class Rehearsal:
             roles["oracle"] = shop.open("oracle", "scorer", trained=False)
         if isinstance(config.evaluation.oracle, recipe.ModelOracle):
             name, trust = config.evaluation.oracle.name, config.evaluation.oracle.trust_remote_code
-            roles["oracle"] = self._beside(shop, name, trust).open("oracle", "scorer", trained=False, folder=name)
+            own = self._beside(shop, name, trust, config.model.dtype)
+            roles["oracle"] = own.open("oracle", "scorer", trained=False, folder=name)
         for each in config.policies().values():
             roles = self._readers(shop, each, roles)
         # Without adapters one policy goes when the next is there: two at a time.
@@ -206,8 +207,10 @@ class Rehearsal:
         tally = Tally(shop.vocabulary(), self.heap)
         return shop.begin(tally), tally
 
-    def _beside(self, shop: GhostWorkshop, name: str, trust: bool = False) -> GhostWorkshop:
-        model = recipe.Pretrained(name=name, trust_remote_code=trust)
+    def _beside(
+        self, shop: GhostWorkshop, name: str, trust: bool, dtype: Literal["auto", "float32", "bfloat16"]
+    ) -> GhostWorkshop:
+        model = recipe.Pretrained(name=name, trust_remote_code=trust, dtype=dtype)
         other = GhostWorkshop(model, name, self.rows.encoder.tokenizer, self.runtime, self.config.seed)
         return other.begin(shop.tally)
 
@@ -239,7 +242,7 @@ class Rehearsal:
         if finished is not None:
             model = settings.model or self.config.model  # which it will be opened with
             trust = isinstance(model, recipe.Pretrained) and model.trust_remote_code
-            return self._beside(shop, finished, trust).open(called, "scorer", trained, finished)
+            return self._beside(shop, finished, trust, model.dtype).open(called, "scorer", trained, finished)
         return (shop._other(settings.model) if settings.model else shop).open(called, "scorer", trained)
 
     @staticmethod

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 from rto.batch import Completions
 from rto.config import Reward
 from rto.data.chat import PromptRow
 from rto.data.collate import collate_completions
 from rto.models.checkpoint import fingerprint
+from rto.models.memory import Budget
 from rto.models.role import Role
 from rto.pipeline.job import Job, write_json
 from rto.pipeline.readers import NORMALISER, open_role
@@ -34,17 +36,17 @@ def fit_normaliser(job: Job, stage: str, settings: Reward) -> str:
         )
     shop = job.workshop()
     reference = shop.reference()
-    budget = settings.reading_tokens
+    budget = Budget(settings.reading_tokens, job.progress.say, job.runtime.gather_all, "reading")
     scorer = open_role(job, shop, stage)
     pairs = settings.normaliser.answers == "pairs"
-    answers, prompts = _pairs(job, settings) if pairs else _sampled(job, settings, reference)
+    answers, prompts = _pairs(job, settings) if pairs else _sampled(job, settings, reference, budget)
     job.progress.say(f"{stage}: fitting the normaliser on {len(answers)} answers")
-    _, entropy = logprobs_and_entropy(reference, answers, budget)
+    _, entropy = budget.within(partial(logprobs_and_entropy, reference, answers))
     ends = segment_ends(entropy, answers.mask, answers.finished, settings.cutoff)
     if isinstance(scorer, ForeignScorer):
-        values = scorer.token_scores(answers, prompts, budget)
+        values = budget.within(partial(scorer.token_scores, answers, prompts))
     else:
-        values = token_values(scorer, answers, budget)
+        values = budget.within(partial(token_values, scorer, answers))
     # The floor is a share: scorers differ in the scale of their values, and a young one's are all small.
     floor = max(settings.normaliser.floor * values[ends].std(correction=0).item(), 1e-8) if ends.any() else 1.0
     found = fit(values[ends], locations(ends, answers.mask)[ends], floor)
@@ -75,20 +77,23 @@ def _pairs(job: Job, settings: Reward) -> tuple[Completions, list[PromptRow]]:
     return collate_completions(asked, list(answers), list(finished), job.rows.encoder.pad), list(prompts)
 
 
-def _sampled(job: Job, settings: Reward, reference: Role) -> tuple[Completions, list[PromptRow]]:
+def _sampled(job: Job, settings: Reward, reference: Role, budget: Budget) -> tuple[Completions, list[PromptRow]]:
     """Answers of the reference to the RL prompts."""
     rows, seed, limit = job.rows, job.config.seed, settings.normaliser.limit
     order = shuffled(len(rows.prompts), seed, "normaliser")
     asked = [(order[i % len(order)], i // len(order)) for i in range(min(limit, max(len(order), 256)))]
     prompts = [rows.prompts[row] for row, _ in asked]
-    made = generate(
-        reference,
-        [row.ids for row in prompts],
-        [("normaliser", row, k) for row, k in asked],
-        seed=seed,
-        limit=rows.encoder.max_response,
-        end=rows.encoder.end,
-        pad=rows.encoder.pad,
-        budget=settings.reading_tokens,
-    )
-    return made.completions, prompts
+
+    def work(tokens: int) -> Completions:
+        return generate(
+            reference,
+            [row.ids for row in prompts],
+            [("normaliser", row, k) for row, k in asked],
+            seed=seed,
+            limit=rows.encoder.max_response,
+            end=rows.encoder.end,
+            pad=rows.encoder.pad,
+            budget=tokens,
+        ).completions
+
+    return budget.within(work), prompts

@@ -96,7 +96,7 @@ def open_role(job: Job, shop: Workshop, stage: str) -> Role | ForeignScorer:
         model = settings.model or job.config.model
         theirs, trust = tokenizer_at(folder, model), isinstance(model, Pretrained) and model.trust_remote_code
         if not has_vocabulary(job.tokenizer, theirs):
-            return ForeignScorer.open(folder, theirs, job.rows.encoder, job.runtime, trust)
+            return ForeignScorer.open(folder, theirs, job.rows.encoder, job.runtime, trust, model.dtype)
     return shop.open_scorer(folder, adapter_name(stage), settings.model, trained=False)
 
 

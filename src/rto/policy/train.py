@@ -162,7 +162,7 @@ def train(
             if state.iteration % config.samples_every == 1 % config.samples_every or state.iteration == iterations:
                 _log_samples(log, stage, state.iteration, drawn, total, reader)
         log.metrics(stage, state.iteration, metrics)
-        runtime.track({f"{stage}/{key}": value for key, value in metrics.items()}, state.iteration)
+        runtime.track(stage, state.iteration, metrics)
         progress.update(state.iteration, metrics)
         if saver is not None:
             saver.after(state.iteration, iterations, moving)

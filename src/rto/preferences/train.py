@@ -150,7 +150,7 @@ def fit(
                 saver.consider(before + state.step, moving, values)
         if state.step % training.log_every == 0 or measured or "skipped" in values:
             log.metrics(stage, before + state.step, values)
-            runtime.track({f"{stage}/{key}": value for key, value in values.items()}, before + state.step)
+            runtime.track(stage, before + state.step, values)
         progress.update(before + state.step, values)
         if saver is not None:
             saver.after(before + state.step, before + steps, moving)

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from rto.batch import Completions
+from rto.models.kernels import attending
 from rto.models.role import Backbone, Role
 from rto.rollouts.score import in_micro_batches
 
@@ -96,13 +97,9 @@ def _recorded(backbone: Backbone) -> Iterator[list[Float[Tensor, "B S S"]]]:
             kept.append(output[1].mean(1, dtype=torch.float32))
 
     hooks = [layer.register_forward_hook(keep) for layer in layers[-1:]]
-    parts = {key: getattr(network.config, key, None) for key in network.config.sub_configs}
-    before = {"": network.config._attn_implementation}
-    before |= {key: part._attn_implementation for key, part in parts.items() if part is not None}
     try:
-        network.set_attn_implementation("eager")
-        yield kept
+        with attending(network, "eager"):
+            yield kept
     finally:
-        network.set_attn_implementation(before)
         for hook in hooks:
             hook.remove()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rto.batch import Completions, Rollouts
 from rto.data.collate import collate_prompts, micro_batches
+from rto.models.kernels import attending_to_cache
 from rto.models.prepacked import Prepacked
 from rto.models.role import Backbone, Role, read_head
 from rto.models.workshop import check_positions
@@ -89,7 +90,8 @@ def _decode(
     alive = torch.arange(rows, device=device)  # the rows that are still in the batch
     writing = torch.ones(rows, dtype=torch.bool, device=device)  # those of them that have not ended
     states, mask, cache = read_prompts(backbone, asked, limit, pad)
-    with torch.inference_mode(), prepacked.acting():  # operations cost less in it than without gradients only
+    steps = attending_to_cache(backbone.network)
+    with torch.inference_mode(), prepacked.acting(), steps:  # operations cost less in it than without gradients only
         for t in range(limit):
             logits = backbone.project(states)
             if head is not None:
@@ -125,11 +127,11 @@ def read_prompts(
     known: dict[tuple[int, ...], int] = {}
     which = [known.setdefault(tuple(prompt), len(known)) for prompt in asked]
     prompts = collate_prompts(list(known), pad).to(backbone.device)
-    cache = roomy_cache(backbone.network.config, prompts.ids.shape[1] + limit - 1)
+    cache = roomy_cache(backbone.network.config, prompts.ids.shape[1] + limit - 1, backbone.compute)
     states, mask = backbone.states(prompts.ids, prompts.mask, cache)[:, -1], prompts.mask
     if len(known) < len(asked):
         rows = torch.tensor(which, device=backbone.device)
-        cache.batch_select_indices(rows)
+        cache.reorder_cache(rows)  # type: ignore[arg-type]
         states, mask = states[rows], mask[rows]
     return states, mask, cache
 

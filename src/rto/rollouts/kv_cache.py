@@ -12,7 +12,8 @@ from transformers.cache_utils import DynamicLayer
 
 
 class RoomyLayer(DynamicLayer):
-    """Full attention in place: ``room`` is how many positions there will be at most.
+    """Full attention in place: ``room`` is how many positions there will be at most. ``dtype`` is the precision of
+    attention: weights that are trained make keys in float32, which autocast would round again at every step.
 
     The prompt's keys and values [B, heads, P, width] are kept as they come; the room is taken at the first step after
     it, for as many rows as there are then.
@@ -21,12 +22,13 @@ class RoomyLayer(DynamicLayer):
     keys: Tensor
     values: Tensor
 
-    def __init__(self, room: int) -> None:
+    def __init__(self, room: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.room = room
+        self.room, self.precision = room, dtype
         self._buffers: list[Tensor] = []  # of which keys and values are the part that is filled
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        key_states, value_states = key_states.to(self.precision), value_states.to(self.precision)
         start = self.get_seq_length()
         stop = start + key_states.shape[-2]
         if start == 0 or stop > self.room:
@@ -42,8 +44,8 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = (buffer[:, :, :stop] for buffer in self._buffers)
         return self.keys, self.values
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         self._buffers = []
 
     def move(self, sources: Int[Tensor, " N"], places: Int[Tensor, " N"], rows: int) -> None:
@@ -55,10 +57,10 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = self.keys[:rows], self.values[:rows]
 
 
-def roomy_cache(config: PreTrainedConfig, room: int) -> DynamicCache:
+def roomy_cache(config: PreTrainedConfig, room: int, dtype: torch.dtype) -> DynamicCache:
     """A cache for this model. Layers that are no plain full attention (sliding windows, states) stay transformers'."""
     cache = DynamicCache(config=config)
-    cache.layers = [RoomyLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [RoomyLayer(room, dtype) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 
@@ -70,4 +72,4 @@ def keep_rows(cache: Cache, kept: Int[Tensor, " N"]) -> None:
         if isinstance(layer, RoomyLayer) and layer._buffers:
             layer.move(kept[moved], moved, len(kept))
         else:
-            layer.batch_select_indices(kept)
+            layer.reorder_cache(kept)  # batch_select_indices forgets the states of recurrent layers
