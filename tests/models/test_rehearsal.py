@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers as hf
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rto.config import Lora, Pretrained, Scratch
@@ -31,3 +32,11 @@ def test_a_scorers_model_is_another_with_other_settings():
     narrow, wide = (Pretrained(name="some/model", lora=Lora(r=rank)) for rank in (2, 4))
     assert shop._other(narrow) is shop._other(narrow.model_copy())
     assert (shop._other(wide).model, shop._other(narrow).model) == (wide, narrow)
+
+
+def test_a_family_without_a_classifier_is_refused_as_it_will_be(tmp_path):
+    hf.GraniteConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1).save_pretrained(tmp_path)
+    model = Pretrained(name=str(tmp_path))
+    shop = GhostWorkshop(model, str(tmp_path), world_tokenizer(), Runtime("cpu"), 0).begin(Tally(vocabulary=50))
+    with pytest.raises(ValueError, match=r"no sequence classifier of the family granite.*model\.lora\.r"):
+        shop.open("reward", "scorer", trained=True)

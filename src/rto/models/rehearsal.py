@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rto import config as recipe
-from rto.models.load import locate, revision_of, scratch_network, without_dropout
+from rto.models.load import check_family, locate, revision_of, scratch_network, without_dropout
 from rto.models.role import Backbone, Role
 from rto.models.runtime import MAPPED, ask_heap
 from rto.models.workshop import Workshop
@@ -215,7 +215,7 @@ class GhostWorkshop(Workshop):
         self._ghost(network, "weights", mapped)
         return self._wrap(network, name, lora)
 
-    def _network(self, name: str, kind: str, dtype: torch.dtype) -> Any:
+    def _network(self, name: str, kind: Literal["causal", "classifier"], dtype: torch.dtype) -> Any:
         from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
         if not name:
@@ -228,6 +228,7 @@ class GhostWorkshop(Workshop):
             settings = AutoConfig.from_pretrained(
                 name, trust_remote_code=self._trust, revision=revision_of(name, self.model)
             )
+            check_family(name, settings, kind, self.model.attention, self._trust)
         factory: Any = AutoModelForCausalLM
         if kind == "classifier":
             factory, settings.num_labels = AutoModelForSequenceClassification, 1
