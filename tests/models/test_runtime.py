@@ -43,10 +43,14 @@ def test_gradients_are_summed_in_messages(monkeypatch):
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     runtime._check_processes(cpu=True)
     with pytest.raises(ValueError, match=r"2 processes on a machine with 1 GPUs: .* \(--device cpu\)"):
         runtime._check_processes(cpu=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")  # each may see another one
+    runtime._check_processes(cpu=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     runtime._check_processes(cpu=False)
 

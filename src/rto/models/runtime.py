@@ -99,17 +99,11 @@ class Runtime:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
         grads: list[Tensor] = [p.grad for p in parameters if p.grad is not None]
-        start = 0
-        while start < len(grads):
-            stop = start + 1
-            while stop < len(grads) and sum(g.numel() for g in grads[start : stop + 1]) <= MESSAGE:
-                stop += 1
-            some = grads[start:stop]
+        for some in _messages(grads):
             flat = torch.cat([g.flatten() for g in some]) if len(some) > 1 else some[0].flatten()
             torch.distributed.all_reduce(flat)
             for g, part in zip(some, flat.split([g.numel() for g in some]), strict=True):
                 g.copy_(part.view_as(g))
-            start = stop
 
     def wait(self) -> None:
         if self.world > 1:  # accelerate's own would name a GPU, also where the processes compute on the CPU
@@ -144,8 +138,24 @@ class Runtime:
             self.accelerator.end_training()
 
 
+def _messages(grads: list[Tensor]) -> Iterator[list[Tensor]]:
+    """In their order, no more than MESSAGE numbers each; a larger gradient goes alone."""
+    some: list[Tensor] = []
+    count = 0
+    for grad in grads:
+        if some and count + grad.numel() > MESSAGE:
+            yield some
+            some, count = [], 0
+        some.append(grad)
+        count += grad.numel()
+    if some:
+        yield some
+
+
 def _check_processes(cpu: bool) -> None:
     here = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    if "CUDA_VISIBLE_DEVICES" in os.environ:  # each process may see GPUs of its own
+        return
     if not cpu and here > torch.cuda.device_count():
         raise ValueError(
             f"{here} processes on a machine with {torch.cuda.device_count()} GPUs: each needs one of its own. Start "
