@@ -122,6 +122,15 @@ def test_a_gpu_gets_more_work_and_the_peer_its_own_rows(base, tmp_path):
     found = theirs.arguments(case, dict)
     assert found.items() >= {**wanted, "gradient_checkpointing": True}.items()  # as TRL has it
     assert theirs.arguments(replace(case, setup="tuned"), dict)["gradient_checkpointing"] is False
+    kinds = {
+        (lora, trained): theirs.load(replace(case, lora=lora), trained=trained).dtype
+        for lora in (None, 2)
+        for trained in (True, False)
+    }
+    assert kinds.pop((None, True)) == torch.float32 and set(kinds.values()) == {torch.bfloat16}
+    on_cpu = replace(case, device="cpu")
+    made = theirs.in_precision(on_cpu, torch.nn.functional.linear)(torch.ones(1, 2), torch.ones(3, 2))
+    assert made.dtype == torch.bfloat16
     for setup in SETUPS:
         on_cpu = theirs.arguments(replace(case, device="cpu", dtype="float32", setup=setup), dict)
         assert on_cpu.items() >= {"bf16": False, "use_cpu": True, "gradient_checkpointing": False}.items()
@@ -131,13 +140,16 @@ def test_malloc_is_set_for_tuned_peers_on_a_cpu_alone(monkeypatch):
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=1")
     assert environment(2, "tuned")["GLIBC_TUNABLES"].startswith("glibc.malloc.mmap_threshold=")
     assert all("GLIBC_TUNABLES" not in environment(2, *other) for other in ((), ("default",), ("tuned", "cuda")))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert environment(2, "tuned", "cuda")["CUDA_VISIBLE_DEVICES"] == "3"
 
 
 def test_losses_may_differ_more_in_bfloat16():
-    peer, ours = a_side(PEER, [6.0], loss=0.69), a_side(OURS, [3.0], loss=0.70)
+    peer, ours = a_side(PEER, [6.0], loss=0.69), a_side(OURS, [3.0], loss=0.75)
     assert differences(peer, ours)
     peer.settings["dtype"] = "bfloat16"
     assert differences(peer, ours) == []
+    assert differences(peer, a_side(OURS, [3.0], loss=0.8))
 
 
 def test_operations_of_a_forward_pass():
@@ -168,6 +180,7 @@ def test_one_rto_side_serves_both_setups_and_one_peer_both_kinds_of_rl():
     assert runs(["ppo", "dpo", "ppo-adapters"], ["default"]) == [[Entry("ppo", "peer"), full, adapters], [PEER, OURS]]
     assert runs(["ppo-adapters"]) == [[Entry("ppo", "peer", setup), adapters] for setup in ("default", "tuned")]
     assert runs(["ppo", "ppo-adapters"], only="rto") == [[full, adapters]]
+    assert runs(["ppo", "dpo"], device="cuda") == [[Entry("ppo", "peer"), full], [PEER, TUNED, OURS]]
 
 
 def test_the_table_by_hand():
@@ -228,7 +241,7 @@ def test_the_driver_in_a_process(capfd, monkeypatch, tmp_path):
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
     assert main(["sft", *QUICK, "--out", str(tmp_path / "turns.jsonl")]) == 0
     said = capfd.readouterr().out
-    assert "| sft | rto | its own |" in said and "- sft, rto: " in said
+    assert "| sft | rto | its own |" in said and "- sft rto: " in said
     told = [json.loads(line) for line in (tmp_path / "turns.jsonl").read_text().splitlines()]
     turns = [line for line in told if "turn" in line]
     assert [(line["work"], line["side"], line["turn"], line["timed"]) for line in turns] == [

@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown := [name for name in known.work if name not in NAMES]:
         parser.error(f"there is no work named {', '.join(unknown)}: choose among {', '.join(NAMES)}")
     work = known.work or [name for name in NAMES if name != "dpo-natural" or known.pairs or known.quick]
-    planned = runs(work, known.setup, known.only)
+    planned = runs(work, known.setup, known.only, known.device)
     python = _interpreter(Path(known.peers))
     if lacking := {python(entry) for run in planned for entry in run if not Path(python(entry)).exists()}:
         parser.error(f"no peers in {', '.join(sorted(lacking))}: run `make bench`, or give --peers or --only rto")
@@ -66,7 +66,7 @@ def _measure_all(
     python: Callable[[Entry], str],
     tell: Callable[[Entry | None, dict[str, Any]], None],
 ) -> int:
-    base = make_base(folder, known.quick, known.model)
+    base = make_base(folder, known.quick, known.model, known.attention)
     cases = {name: _case(name, base, folder, known) for name in {entry.work for run in planned for entry in run}}
     least = {name: _least(case, base.model, _warmup(name, known)) for name, case in cases.items()}
     said: list[str] = []

@@ -64,7 +64,7 @@ class Base:
 TINY = {"hidden": 32, "layers": 2, "heads": 2, "intermediate": 64}  # for --quick
 
 
-def make_base(folder: Path, quick: bool, name: str | None = None) -> Base:
+def make_base(folder: Path, quick: bool, name: str | None = None, attention: str = "sdpa") -> Base:
     """The model of a folder or of the hub; no name: SmolLM2-135M out of its package, dequantised. ``quick``: two layers
     with random weights."""
     import torch
@@ -79,9 +79,9 @@ def make_base(folder: Path, quick: bool, name: str | None = None) -> Base:
         model = locate(recipe.Packaged(type="package"))
         return _base(folder, model, AutoTokenizer.from_pretrained(model), (1000, 40000))
     tokenizer, model = AutoTokenizer.from_pretrained(name), str(folder / "model")
-    load_network(name, "causal", torch.float32, 0).save_pretrained(model)  # sides reach no hub
+    load_network(name, "causal", torch.float32, 0, attention).save_pretrained(model)  # sides reach no hub
     tokenizer.save_pretrained(model)
-    return _base(folder, model, tokenizer, (len(tokenizer) // 50, 4 * len(tokenizer) // 5))
+    return _base(folder, model, tokenizer, (len(tokenizer) // 50, 4 * len(tokenizer) // 5), attention)
 
 
 def scratch_base(folder: Path, **sizes: int) -> Base:
@@ -97,13 +97,13 @@ def scratch_base(folder: Path, **sizes: int) -> Base:
     return _base(folder, model, tokenizer, (8, len(tokenizer)))
 
 
-def _base(folder: Path, model: str, tokenizer: Any, words: tuple[int, int]) -> Base:
+def _base(folder: Path, model: str, tokenizer: Any, words: tuple[int, int], attention: str = "sdpa") -> Base:
     import torch
 
     from rto.models.load import load_network
 
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    classifier = load_network(model, "classifier", torch.float32, 0)
+    classifier = load_network(model, "classifier", torch.float32, 0, attention)
     classifier.config.pad_token_id = pad  # the peer finds the last token by it
     classifier.save_pretrained(folder / "classifier")
     return Base(model, str(folder / "classifier"), pad, words)

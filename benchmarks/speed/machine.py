@@ -8,7 +8,8 @@ import time
 
 MALLOC = {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=17179869184"}
 # Of a peer. On a CPU its malloc: as installed, or such that large blocks are kept and not given back to the system (rto
-# calls mallopt for itself, see rto.models.runtime). On a GPU gradient checkpointing: as TRL has it, on, or off.
+# calls mallopt for itself, see rto.models.runtime). On a GPU gradient checkpointing: on, as TRL's trainers have it, or
+# off.
 SETUPS = ("default", "tuned")
 PEAK_SIZES = {  # rows, inner size and columns of matrix products: as a small model has them, and as keep a GPU busy
     "cpu": ((2048, 2048, 2048), (2048, 576, 1536), (1024, 1024, 4096)),
@@ -20,7 +21,9 @@ def environment(threads: int, setup: str = "default", device: str = "cpu") -> di
     """Of one measured process. No network, no leftovers of the caller's own tuning."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD"))}
     fixed = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return kept | fixed | (MALLOC if device == "cpu" and setup == "tuned" else {})
+    if device == "cuda":  # of several GPUs one: TRL's trainers refuse more in one process
+        return kept | fixed | {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
+    return kept | fixed | (MALLOC if setup == "tuned" else {})
 
 
 def use_threads(count: int) -> None:

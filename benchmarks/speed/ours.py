@@ -51,6 +51,11 @@ def settings(case: Case) -> dict[str, Any]:
     return found | ({"lora r": case.lora} if case.lora else {})
 
 
+def refuse(said: str) -> None:
+    """What a run would go on with after telling of it: fewer tokens a pass than the table says."""
+    raise RuntimeError(f"{said}: give a smaller --micro-tokens")
+
+
 def supervised(case: Case, objective: Any, batches: list[list[Any]], runtime: Any, turns: Turns) -> None:
     """Optimiser steps of rto.preferences.train, one a turn."""
     from rto.config import Supervised
@@ -60,7 +65,7 @@ def supervised(case: Case, objective: Any, batches: list[list[Any]], runtime: An
 
     config = Supervised.model_validate(training(case))
     optimizer = Optimizer(objective.role.parameters(), config, config.lr, case.turns)
-    budget = Budget(config.micro_tokens, print, runtime.gather_all)
+    budget = Budget(config.micro_tokens, refuse, runtime.gather_all)
     plain = objective.loss
 
     def timed(rows: list[Any], total: float) -> Any:

@@ -76,7 +76,7 @@ def rto(case: Case, turns: Turns) -> None:
                 if turns.number < case.turns:
                     turns.begin()
 
-            say = staticmethod(print)
+            say = staticmethod(ours.refuse)
 
         sampled = _timed(turns, "sampling", rollout.generate, lambda out: made.append(_size(out.completions)))
         updated = _timed(turns, "updates", train.update)
@@ -114,6 +114,8 @@ def peer(case: Case, turns: Turns) -> None:
         response_length=case.limit,
         temperature=1.0,
         num_sample_generations=0,
+        # Of its logits 64 rows at once, the default, are 10 GB with Qwen's vocabulary
+        **({"local_rollout_forward_batch_size": case.micro_rows} if case.device == "cuda" else {}),
     )
     # Never the last batch of an epoch: there accelerate would make a step of every pass of a batch.
     prompts = Dataset.from_list([{"input_ids": row["prompt"]} for row in batch] * (case.turns + 1))
@@ -141,12 +143,15 @@ def peer(case: Case, turns: Turns) -> None:
             eval_dataset=prompts,
             callbacks=[InTurns()],
         )
+        for name in ("batch_generation", "forward", "get_reward"):  # it leaves arguments.bf16 alone
+            setattr(ppo_trainer, name, theirs.in_precision(case, getattr(ppo_trainer, name)))
         width = max(len(row["prompt"]) for row in batch)
         ppo_trainer.batch_generation = _timed(
             turns, "sampling", ppo_trainer.batch_generation, lambda out: made.append(tuple(out[0][:, width:].shape))
         )
         _time_updates(turns, ppo_trainer, trainer)
-        turns.ready({**theirs.settings(case, arguments), "method": "ppo", "models": "full"})
+        told = {"method": "ppo", "models": "full", "gradient checkpointing": False}  # nor does it obey that argument
+        turns.ready({**theirs.settings(case, arguments), **told})
         trainer.train()
 
 

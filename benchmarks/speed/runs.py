@@ -9,7 +9,8 @@ from benchmarks.speed.machine import SETUPS
 
 PEER_OF = {"ppo-adapters": "ppo"}  # work whose peer is another work's
 APART = ("ppo",)  # two peers of this kind do not fit into 24 GiB of memory: one setup after the other
-ONE_SETUP = ("generate",)  # most of its blocks are small, and it has no gradients
+# Most blocks of sampling are small, and it has no gradients; TRL's PPO knows no gradient checkpointing
+ONE_SETUP = {"cpu": ("generate",), "cuda": ("generate", "ppo")}
 
 # Turns that are not timed. One of RL is hundreds of passes.
 WARMUP = {"dpo": 2, "sft": 2, "reward": 2, "ppo": 1, "generate": 2}
@@ -37,12 +38,14 @@ def kind_of(work: str) -> str:
     return work.partition("-")[0]
 
 
-def runs(work: Sequence[str], setups: Sequence[str] | None = None, only: str | None = None) -> list[list[Entry]]:
+def runs(
+    work: Sequence[str], setups: Sequence[str] | None = None, only: str | None = None, device: str = "cpu"
+) -> list[list[Entry]]:
     """Peers first, then the rto sides that are compared with them. ``setups``: of the peers, the same for all work."""
     found: list[list[Entry]] = []
     for peer in dict.fromkeys(PEER_OF.get(name, name) for name in work):
         kind = kind_of(peer)
-        wanted = list(setups or (("default",) if kind in ONE_SETUP else SETUPS))
+        wanted = list(setups or (("default",) if kind in ONE_SETUP[device] else SETUPS))
         served = [Entry(name, "rto") for name in work if PEER_OF.get(name, name) == peer]
         if only == "rto":
             found.append(served)

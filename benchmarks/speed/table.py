@@ -75,9 +75,9 @@ def spread(values: Sequence[float], unit: str) -> str:
 
 
 def settings(run: Sequence[Measured]) -> dict[str, str]:
-    """By work and side, the same for every setup."""
+    """By work, side and setup."""
     return {
-        f"{side.entry.work}, {side.entry.side}": ", ".join(f"{key} {value}" for key, value in side.settings.items())
+        _name(side): ", ".join(f"{key} {value}" for key, value in side.settings.items())
         for side in run
         if side.settings
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 from benchmarks.speed.case import Case, Row, tokens
@@ -45,12 +46,12 @@ def rows(case: Case, shape: Callable[[Row], dict[str, list[int]]]) -> Any:
 
 
 def load(case: Case, classifier: bool = False, trained: bool = True) -> Any:
-    """What is trained is float32, as in rto: bfloat16 weights round small updates away."""
+    """What is trained is float32, as in rto: bfloat16 weights round small updates away. Below adapters nothing is."""
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     kind = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
-    dtype = torch.float32 if trained else getattr(torch, case.dtype)
+    dtype = torch.float32 if trained and case.lora is None else getattr(torch, case.dtype)
     folder = case.classifier if classifier else case.model
     return kind.from_pretrained(folder, dtype=dtype, attn_implementation=case.attention)
 
@@ -71,6 +72,18 @@ def lora(case: Case) -> Any:
     from peft import LoraConfig
 
     return LoraConfig(r=case.lora, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def in_precision(case: Case, work: Callable) -> Callable:
+    """``work`` in bfloat16 where the case is: for a trainer that does not do it by itself."""
+    import torch
+
+    @wraps(work)
+    def lowered(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(case.device, torch.bfloat16, enabled=case.dtype == "bfloat16"):
+            return work(*args, **kwargs)
+
+    return lowered
 
 
 def settings(case: Case, arguments: Any) -> dict[str, Any]:

@@ -79,6 +79,10 @@ class Turns:
                 "memory_mb": peak_memory_mb(self._device),
             }
         )
+        if self._device == "cuda":  # the other sides work on the same GPU
+            import torch
+
+            torch.cuda.empty_cache()
 
     def _say(self, result: Result) -> None:
         print(json.dumps(result), file=self._answers, flush=True)

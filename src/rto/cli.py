@@ -223,7 +223,7 @@ def _stages(known: argparse.Namespace, changes: list[tuple[str, str]], allowed: 
 
 
 def _generate(known: argparse.Namespace) -> int:
-    config = _read(known.run, [("trackers", "[]")])  # nothing is tracked, and they may not be installed here
+    config = _read(known.run, [])
     if known.batch_tokens is not None and known.batch_tokens < 1:
         raise ValueError(f"--batch-tokens: at least 1 (given: {known.batch_tokens})")
     if known.format is not None:

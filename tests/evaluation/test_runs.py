@@ -13,7 +13,7 @@ import pytest
 
 from rto.commands import compare
 from rto.evaluation.combine import Table, combine
-from rto.evaluation.runs import group_runs, read_run, used_in_training
+from rto.evaluation.runs import group_runs, read_run, recipe_key, used_in_training
 from rto.evaluation.winrate import (
     Interval,
     across_seeds,
@@ -165,6 +165,13 @@ def test_seeds_of_a_recipe_are_the_unit(tmp_path):
     assert pair.p == pytest.approx(paired_t_test(means[1], means[0]))
     again = table(*reversed(folders))
     assert again.pairs[0].difference.estimate == pytest.approx(pair.difference.estimate)
+
+
+def test_a_key_without_a_value_makes_no_other_recipe():
+    """Runs of an earlier version do not have the newest keys."""
+    new = {"seed": 1, "data": {"pairs": "a.jsonl", "config": None}, "scorers": [{"cutoff": None}]}
+    old = {"seed": 2, "data": {"pairs": "a.jsonl"}, "scorers": [{}]}
+    assert recipe_key(new) == recipe_key(old) != recipe_key(old | {"data": {"pairs": "b.jsonl"}})
 
 
 def test_two_recipes_are_matched_by_seed(tmp_path):

@@ -22,6 +22,7 @@ from rto.models.load import (
     load_network,
     load_tokenizer,
     locate,
+    opened_as,
     positions_of,
     same_vocabulary,
     scratch_network,
@@ -238,6 +239,17 @@ def test_the_same_vocabulary_passes():
 def test_another_vocabulary_is_refused(other, told):
     with pytest.raises(ValueError, match=rf"scorer big/model.*{told}.*choose a scorer of the policy's model family"):
         same_vocabulary(tokenizer(), other, "scorer", "big/model")
+
+
+def test_a_finished_model_of_another_family_is_opened_as_the_recipe_says():
+    model = Pretrained(
+        name="org/scorer", revision="abc", trust_remote_code=True, dtype="bfloat16", attention="eager", packing=True
+    )
+    same = {"trust_remote_code": True, "dtype": "bfloat16", "attention": "eager"}
+    assert opened_as("org/scorer", model) == Pretrained(name="org/scorer", revision="abc", **same)
+    assert opened_as("org/other", model) == Pretrained(name="org/other", **same)
+    packaged = Packaged(type="package", dtype="float32")
+    assert opened_as("org/other", packaged) == Pretrained(name="org/other", dtype="float32")
 
 
 def with_special(name: str, **more: str) -> hf.PreTrainedTokenizerFast:

@@ -50,6 +50,11 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         runtime._check_processes(cpu=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")  # each may see another one
     runtime._check_processes(cpu=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match="4 processes on a machine with 2 GPUs"):
+        runtime._check_processes(cpu=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     runtime._check_processes(cpu=False)

@@ -213,13 +213,15 @@ def test_rates_of_full_training_are_told_where_adapters_are_trained(world_recipe
         job = Job(recipe.load(world_recipe, given), quiet=True)
         return [check.text for check in checks(job.config, job.rows, job.runtime) if check.name == "learning rates"]
 
-    rates = [("sft.lr", "1e-4"), ("prefer.lr", "5e-7"), ("reward.lr", "1e-4"), ("policy.lr", "2e-5")]
+    # A scratch model is trained in full by sft, whatever the rate
+    rates = [("sft.lr", "1e-5"), ("prefer.lr", "5e-7"), ("reward.lr", "1e-4"), ("policy.lr", "2e-5")]
+    rates += [("policy.critic.lr", "9e-6")]
     assert told(*rates) == []  # trained in full
     (text,) = told(*rates, ("model.lora.r", "2"))
-    assert text.startswith("prefer 5e-07: rates of full training")
-    assert told(*rates, ("model.lora.r", "2"), ("prefer.lr", "5e-5")) == []
-    own = [("reward.lr", "1e-6"), *(("reward.model.type", "scratch"), ("reward.model.lora.r", "2"))]
-    assert told(*rates, *own)[0].startswith("reward 1e-06: ")
+    assert text.startswith("prefer 5e-07, rto's critic 9e-06: rates of full training")
+    mended = [("model.lora.r", "2"), ("prefer.lr", "5e-5")]
+    assert told(*rates, *mended, ("policy.critic.lr", "1e-4")) == []
+    assert told(*rates, *mended, ("policy.critic.trunk", "policy")) == []
 
 
 def test_a_template_that_shows_training_another_prompt_is_a_problem(files_recipe, tiny_model, pairs_file, tmp_path):

@@ -112,7 +112,7 @@ def test_a_checkpoint_without_a_tokenizer_is_named(configured, tiny_model, tmp_p
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_scorers_without_a_table_of_their_own_have_the_models_precision(
+def test_scorers_without_a_table_of_their_own_have_the_models_precision_and_attention(
     configured, tiny_model, tmp_path, monkeypatch, dtype
 ):
     """An oracle, and a scorer with another tokenizer."""
@@ -130,10 +130,12 @@ def test_scorers_without_a_table_of_their_own_have_the_models_precision(
 
     monkeypatch.setattr(Workshop, "open_scorer", open_scorer)
     oracle = f'{{type = "model", name = "{ready}"}}'
-    job = Job(configured(reward__checkpoint=str(foreign), evaluation__oracle=oracle, model__dtype=dtype), quiet=True)
+    given = {"model__dtype": dtype, "model__attention": "eager"}
+    job = Job(configured(reward__checkpoint=str(foreign), evaluation__oracle=oracle, **given), quiet=True)
     assert isinstance(open_checkpoint(job), ForeignScorer)
     open_oracle(job)
     assert [role.backbone.compute for role in opened] == [getattr(torch, dtype)] * 2
+    assert [role.backbone.network.config._attn_implementation for role in opened] == ["eager"] * 2
 
 
 # --- trust and revision -------------------------------------------------------------------------------

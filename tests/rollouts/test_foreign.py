@@ -309,7 +309,7 @@ def test_open_reads_a_folder(tmp_path: Path):
     role = scorer_role(tokenizer)
     role.backbone.network.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    judge = ForeignScorer.open(str(tmp_path), tokenizer, POLICY, Runtime("cpu"))
+    judge = ForeignScorer.open(Pretrained(name=str(tmp_path)), tokenizer, POLICY, Runtime("cpu"))
     assert not any(p.requires_grad for p in judge.role.parameters())
     expected = foreign(tokenizer).token_scores(completions(), ROWS, BIG)
     torch.testing.assert_close(judge.token_scores(completions(), ROWS, BIG), expected)
@@ -318,7 +318,7 @@ def test_open_reads_a_folder(tmp_path: Path):
 def test_an_adapter_is_refused(tmp_path: Path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match="is an adapter: merge it"):
-        ForeignScorer.open(str(tmp_path), metaspace(), POLICY, Runtime("cpu"))
+        ForeignScorer.open(Pretrained(name=str(tmp_path)), metaspace(), POLICY, Runtime("cpu"))
 
 
 def test_a_slow_tokenizer_is_refused():

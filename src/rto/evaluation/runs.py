@@ -169,8 +169,15 @@ def matched(one: Recipe, other: Recipe) -> list[tuple[Run, Run]]:
 
 
 def recipe_key(config: Mapping[str, Any]) -> str:
-    """Equal for runs that differ in nothing but the seed and :data:`PLACES`."""
-    return json.dumps({key: value for key, value in config.items() if key not in PLACES}, sort_keys=True)
+    """Equal for runs that differ in nothing but the seed and :data:`PLACES`. A key without a value is as good as none:
+    runs of older versions lack the newest."""
+    return json.dumps(_given({key: value for key, value in config.items() if key not in PLACES}), sort_keys=True)
+
+
+def _given(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _given(part) for key, part in value.items() if part is not None}
+    return [_given(part) for part in value] if isinstance(value, list) else value
 
 
 def used_in_training(config: Mapping[str, Any], oracle: Mapping[str, Any]) -> str | None:

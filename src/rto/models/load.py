@@ -95,6 +95,18 @@ def revision_of(name: str, model: recipe.Pretrained | recipe.Packaged | recipe.S
     return model.revision if isinstance(model, recipe.Pretrained) and name == model.name else None
 
 
+def opened_as(name: str, model: recipe.Pretrained | recipe.Packaged | recipe.Scratch) -> recipe.Pretrained:
+    """The settings of a finished model of another family than ``model``: its precision, attention and trust, and its
+    revision where it is that one."""
+    return recipe.Pretrained(
+        name=name,
+        revision=revision_of(name, model),
+        trust_remote_code=isinstance(model, recipe.Pretrained) and model.trust_remote_code,
+        dtype=model.dtype,
+        attention=model.attention,
+    )
+
+
 def tokenizer_at(name: str, model: recipe.Pretrained | recipe.Packaged | recipe.Scratch) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub model that is opened with ``model``: the trust in that one holds, and its
     revision where it is that one.

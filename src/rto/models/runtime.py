@@ -154,7 +154,7 @@ def _messages(grads: list[Tensor]) -> Iterator[list[Tensor]]:
 
 def _check_processes(cpu: bool) -> None:
     here = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-    if "CUDA_VISIBLE_DEVICES" in os.environ:  # each process may see GPUs of its own
+    if "CUDA_VISIBLE_DEVICES" in os.environ and torch.cuda.device_count() == 1:  # each process may see its own
         return
     if not cpu and here > torch.cuda.device_count():
         raise ValueError(

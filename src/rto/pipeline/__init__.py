@@ -187,7 +187,7 @@ def generate(
     settings = sampling(temperature, top_p)
     if limit is not None and limit < 1:
         raise ValueError(f"limit: at least 1 prompt (given: {limit})")
-    job = Job(resolve(config), quiet=True)
+    job = Job(resolve(config.model_copy(update={"trackers": []})), quiet=True)  # they may not be installed here
     name, stage = policy_stage(job, policy)
     budget = batch_tokens or config.policy.reading_tokens
     shop = job.workshop()

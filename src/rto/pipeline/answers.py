@@ -104,7 +104,7 @@ def write_answers(
         raise ValueError(f"limit: at least 1 question (given: {limit})")
     settings = sampling(temperature, top_p)
     asked = list(enumerate(read_questions(questions, format), 1))
-    job = Job(resolve(config), quiet)
+    job = Job(resolve(config.model_copy(update={"trackers": []})), quiet)  # they may not be installed here
     name, stage = policy_stage(job, policy)
     if format == "mtbench" and not isinstance(config.data, recipe.Files):
         raise ValueError("format mtbench has two turns and needs a chat: the tiny world has none")

@@ -18,6 +18,8 @@ from rto.data.layouts import Prompt
 from rto.data.rows import Rows
 from rto.models.load import has_vocabulary, locate, same_vocabulary, tokenizer_at
 from rto.models.runtime import Runtime
+from rto.pipeline.resolve import scorer_stage
+from rto.policy.train import reads_values
 
 Level = Literal["ok", "note", "problem"]
 _SAMPLE = 50  # rows of a round trip
@@ -140,8 +142,8 @@ def _roles(config: Config, rows: Rows) -> Iterator[Check]:
             others.append((f"guide {stage}", guide.checkpoint, False, config.model))
     for stage, scorer in config.rewards().items():
         if scorer.checkpoint is not None:
-            others.append((f"scorer {stage}", scorer.checkpoint, scorer.model is None, scorer.model or config.model))
-        if scorer.model is not None and not isinstance(scorer.model, recipe.Scratch):
+            others.append((f"scorer {stage}", scorer.checkpoint, True, scorer.model or config.model))
+        elif scorer.model is not None and not isinstance(scorer.model, recipe.Scratch):
             others.append((f"scorer {stage}", locate(scorer.model), False, scorer.model))
     oracle = config.evaluation.oracle
     if isinstance(oracle, recipe.ModelOracle):
@@ -212,7 +214,7 @@ def _trust(config: Config) -> Iterator[Check]:
 def _rates(config: Config) -> Iterator[Check]:
     """Default rates are the papers', of full training. An adapter starts at zero and moves by about a rate a step."""
     stages: dict[str, tuple[Any, Any]] = {}
-    if "sft" in config.stages:
+    if "sft" in config.stages and not isinstance(config.model, recipe.Scratch):  # which is trained in full there
         stages["sft"] = (config.sft, config.model)
     if "prefer" in config.stages:
         stages |= {
@@ -222,7 +224,11 @@ def _rates(config: Config) -> Iterator[Check]:
         trained = {name: scorer for name, scorer in config.rewards().items() if not scorer.checkpoint}
         stages |= {name: (scorer, scorer.model or config.model) for name, scorer in trained.items()}
     if "rl" in config.stages:
-        stages |= {name: (policy, config.model) for name, policy in config.policies().items()}
+        for name, policy in config.policies().items():
+            stages[name] = (policy, config.model)
+            if reads_values(policy) and policy.critic.trunk == "own":
+                start = None if policy.critic.init == "reference" else config.rewards()[scorer_stage(policy)].model
+                stages[f"{name}'s critic"] = (policy.critic, start or config.model)
     small = [
         f"{name} {stage.lr:g}"
         for name, (stage, model) in stages.items()

@@ -213,8 +213,8 @@ def _judge(
 
         oracle = contest.judge_by_words(post, job.rows.encoder)
         return oracle, f"the server {server.name}", lambda: server.last_failure
-    trust, dtype = settings.trust_remote_code, job.config.model.dtype
-    model = recipe.Pretrained(name=settings.name, trust_remote_code=trust, dtype=dtype)
+    trust, ours = settings.trust_remote_code, job.config.model
+    model = recipe.Pretrained(name=settings.name, trust_remote_code=trust, dtype=ours.dtype, attention=ours.attention)
     same_vocabulary(job.tokenizer, tokenizer_at(settings.name, model), "oracle", settings.name)
     own = Workshop(model, settings.name, job.tokenizer, job.runtime, job.config.seed)
     scorer = own.open_scorer(settings.name, "oracle", None, trained=False)

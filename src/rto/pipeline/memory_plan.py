@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -183,7 +183,9 @@ class Rehearsal:
             roles["oracle"] = shop.open("oracle", "scorer", trained=False)
         if isinstance(config.evaluation.oracle, recipe.ModelOracle):
             name, trust = config.evaluation.oracle.name, config.evaluation.oracle.trust_remote_code
-            own = self._beside(shop, name, trust, config.model.dtype)
+            ours, tokenizer = config.model, self.rows.encoder.tokenizer
+            model = recipe.Pretrained(name=name, trust_remote_code=trust, dtype=ours.dtype, attention=ours.attention)
+            own = GhostWorkshop(model, name, tokenizer, self.runtime, config.seed).begin(shop.tally)
             roles["oracle"] = own.open("oracle", "scorer", trained=False, folder=name)
         for each in config.policies().values():
             roles = self._readers(shop, each, roles)
@@ -206,13 +208,6 @@ class Rehearsal:
         shop = GhostWorkshop(self.config.model, self.base, rows.encoder.tokenizer, self.runtime, self.config.seed)
         tally = Tally(shop.vocabulary(), self.heap)
         return shop.begin(tally), tally
-
-    def _beside(
-        self, shop: GhostWorkshop, name: str, trust: bool, dtype: Literal["auto", "float32", "bfloat16"]
-    ) -> GhostWorkshop:
-        model = recipe.Pretrained(name=name, trust_remote_code=trust, dtype=dtype)
-        other = GhostWorkshop(model, name, self.rows.encoder.tokenizer, self.runtime, self.config.seed)
-        return other.begin(shop.tally)
 
     def _readers(self, shop: GhostWorkshop, policy: Policy, opened: dict[str, Role] | None = None) -> dict[str, Role]:
         """The frozen roles that a policy's terms read."""
@@ -238,12 +233,8 @@ class Rehearsal:
 
     def _scorer(self, shop: GhostWorkshop, stage: str, trained: bool, called: str) -> Role:
         settings = self.config.rewards()[stage]
-        finished = self._full(settings.checkpoint)
-        if finished is not None:
-            model = settings.model or self.config.model  # which it will be opened with
-            trust = isinstance(model, recipe.Pretrained) and model.trust_remote_code
-            return self._beside(shop, finished, trust, model.dtype).open(called, "scorer", trained, finished)
-        return (shop._other(settings.model) if settings.model else shop).open(called, "scorer", trained)
+        finished, own = self._full(settings.checkpoint), shop._other(settings.model) if settings.model else shop
+        return own.open(called, "scorer", trained, finished)
 
     @staticmethod
     def _full(checkpoint: str | None) -> str | None:

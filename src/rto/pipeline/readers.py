@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from rto import rewards
-from rto.config import Policy, Pretrained, Spec
+from rto.config import Policy, Spec
 from rto.models.checkpoint import fingerprint, read_notes
-from rto.models.load import has_vocabulary, same_vocabulary, tokenizer_at
+from rto.models.load import has_vocabulary, opened_as, same_vocabulary, tokenizer_at
 from rto.models.role import Role
 from rto.models.workshop import Workshop
 from rto.pipeline.job import Job
@@ -94,9 +94,9 @@ def open_role(job: Job, shop: Workshop, stage: str) -> Role | ForeignScorer:
     settings, folder = job.config.rewards()[stage], job.path(stage)
     if settings.checkpoint is not None:
         model = settings.model or job.config.model
-        theirs, trust = tokenizer_at(folder, model), isinstance(model, Pretrained) and model.trust_remote_code
+        theirs = tokenizer_at(folder, model)
         if not has_vocabulary(job.tokenizer, theirs):
-            return ForeignScorer.open(folder, theirs, job.rows.encoder, job.runtime, trust, model.dtype)
+            return ForeignScorer.open(opened_as(folder, model), theirs, job.rows.encoder, job.runtime)
     return shop.open_scorer(folder, adapter_name(stage), settings.model, trained=False)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -65,22 +65,16 @@ class ForeignScorer:
 
     @classmethod
     def open(
-        cls,
-        folder: str,
-        tokenizer: PreTrainedTokenizerBase,
-        policy: Encoder,
-        runtime: Runtime,
-        trust: bool = False,
-        dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+        cls, model: recipe.Pretrained, tokenizer: PreTrainedTokenizerBase, policy: Encoder, runtime: Runtime
     ) -> ForeignScorer:
-        """The one-label classifier in ``folder``, frozen. ``tokenizer`` is its own, ``trust`` that in its code.
+        """The one-label classifier of that name, frozen. ``tokenizer`` is its own.
 
         Raises:
             ValueError: the folder holds something else.
         """
+        folder = model.name
         if is_adapter(folder):
             raise ValueError(f"{folder} is an adapter: merge it into its base model to score for another tokenizer")
-        model = recipe.Pretrained(name=folder, trust_remote_code=trust, dtype=dtype)
         shop = Workshop(model, folder, tokenizer, runtime, seed=0)  # nothing is drawn
         return cls(shop.open_scorer(folder, "scorer", None, trained=False), tokenizer, policy)
 
