@@ -218,10 +218,10 @@ def test_rates_of_full_training_are_told_where_adapters_are_trained(world_recipe
     rates += [("policy.critic.lr", "9e-6")]
     assert told(*rates) == []  # trained in full
     (text,) = told(*rates, ("model.lora.r", "2"))
-    assert text.startswith("prefer 5e-07, rto's critic 9e-06: rates of full training")
+    assert text.startswith("prefer 5e-07, ppo's critic 9e-06, rto's critic 9e-06: rates of full training")
     mended = [("model.lora.r", "2"), ("prefer.lr", "5e-5")]
     assert told(*rates, *mended, ("policy.critic.lr", "1e-4")) == []
-    assert told(*rates, *mended, ("policy.critic.trunk", "policy")) == []
+    assert told(*rates, *mended, ("policy.critic.trunk", "policy")) == []  # that is a head, not an adapter
 
 
 def test_a_template_that_shows_training_another_prompt_is_a_problem(files_recipe, tiny_model, pairs_file, tmp_path):

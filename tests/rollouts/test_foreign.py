@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from rto.batch import Completions
+from rto.config import Pretrained
 from rto.data.chat import Encoder, PromptRow
 from rto.data.collate import collate_completions
 from rto.models.role import Backbone, Role
