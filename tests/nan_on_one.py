@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rto.cli import main
+from rto.cli import end, main
 from rto.models.role import Role
 
 plain, calls = Role.logprobs, []
@@ -29,4 +29,4 @@ Role.logprobs = wrong  # type: ignore[method-assign]
 code = main(sys.argv[1:])
 if torch.distributed.is_initialized():
     sys.exit("main left the process group open: at exit gloo's threads can abort the process")
-sys.exit(code)
+end(code)

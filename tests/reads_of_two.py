@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rto.cli import main
+from rto.cli import end, main
 from rto.preferences.cache import ReferenceCache
 
 plain, read, caches = ReferenceCache.sums, [], []
@@ -28,4 +28,4 @@ ReferenceCache.sums = counted  # type: ignore[method-assign]
 code = main(sys.argv[1:])
 known = {key.hex(): value for key, value in caches[0].known.items()}
 Path(os.environ["READS"], f"{os.environ['RANK']}.json").write_text(json.dumps({"read": read, "known": known}))
-sys.exit(code)
+end(code)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import rto.rollouts.generate as sampling
-from rto.cli import main
+from rto.cli import end, main
 from rto.models.role import Role
 
 plain_decode, plain_logprobs = sampling._decode, Role.logprobs
@@ -31,4 +31,4 @@ def _check(rows: Any) -> None:
 
 
 sampling._decode, Role.logprobs = decode, logprobs  # type: ignore[method-assign]
-sys.exit(main(sys.argv[1:]))
+end(main(sys.argv[1:]))
