@@ -313,5 +313,10 @@ def _calm() -> None:
     logging.disable_progress_bar()
 
 
-if __name__ == "__main__":
+def command() -> NoReturn:
+    """``rto`` in a shell."""
     end(main())
+
+
+if __name__ == "__main__":
+    command()

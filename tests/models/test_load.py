@@ -248,6 +248,9 @@ def test_a_finished_model_of_another_family_is_opened_as_the_recipe_says():
     same = {"trust_remote_code": True, "dtype": "bfloat16", "attention": "eager"}
     assert opened_as("org/scorer", model) == Pretrained(name="org/scorer", revision="abc", **same)
     assert opened_as("org/other", model) == Pretrained(name="org/other", **same)
+    assert opened_as("org/other", model, trust=False) == Pretrained(
+        name="org/other", **same | {"trust_remote_code": False}
+    )
     packaged = Packaged(type="package", dtype="float32")
     assert opened_as("org/other", packaged) == Pretrained(name="org/other", dtype="float32")
 

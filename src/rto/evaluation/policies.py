@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,8 +25,6 @@ from rto.rollouts.generate import generate
 from rto.rollouts.score import sentence_scores, token_logprobs
 from rto.rollouts.signals import tokens_of
 
-logger = logging.getLogger(__name__)
-
 Oracle = Callable[[Sequence[PromptRow], Completions], list[float]]  # a prompt for each answer
 Truth = Callable[[str, list[str], bool], list[float]]  # prompt, tokens, finished -> true reward of each token
 
@@ -46,11 +43,10 @@ def answer(
     config: Evaluation,
     encoder: Encoder,
     seed: int,
-    budget: int | Budget,
+    budget: Budget,
     runtime: Runtime,
 ) -> Answers:
-    """``config.samples`` answers to each prompt. Row seeds are the same for every policy. ``budget`` bounds a pass; a
-    number: of this call alone.
+    """``config.samples`` answers to each prompt. Row seeds are the same for every policy.
 
     Raises:
         ValueError: a process would have no answer to make.
@@ -76,8 +72,6 @@ def answer(
             budget=tokens,
         ).completions
 
-    if not isinstance(budget, Budget):
-        budget = Budget(budget, logger.warning, runtime.gather_all, "reading")
     own = budget.within(work)
     parts = runtime.gather_rows({"ids": own.ids, "mask": own.mask, "finished": own.finished})
     asked = [row.ids for row in prompts for _ in range(config.samples)]

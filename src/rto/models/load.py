@@ -95,13 +95,17 @@ def revision_of(name: str, model: recipe.Pretrained | recipe.Packaged | recipe.S
     return model.revision if isinstance(model, recipe.Pretrained) and name == model.name else None
 
 
-def opened_as(name: str, model: recipe.Pretrained | recipe.Packaged | recipe.Scratch) -> recipe.Pretrained:
-    """The settings of a finished model of another family than ``model``: its precision, attention and trust, and its
-    revision where it is that one."""
+def opened_as(
+    name: str, model: recipe.Pretrained | recipe.Packaged | recipe.Scratch, trust: bool | None = None
+) -> recipe.Pretrained:
+    """The settings of a finished model of another family than ``model``: its precision and attention, its trust unless
+    ``trust`` is given, and its revision where it is that one."""
+    if trust is None:
+        trust = isinstance(model, recipe.Pretrained) and model.trust_remote_code
     return recipe.Pretrained(
         name=name,
         revision=revision_of(name, model),
-        trust_remote_code=isinstance(model, recipe.Pretrained) and model.trust_remote_code,
+        trust_remote_code=trust,
         dtype=model.dtype,
         attention=model.attention,
     )

@@ -153,12 +153,13 @@ def _messages(grads: list[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def _check_processes(cpu: bool) -> None:
-    here = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-    if "CUDA_VISIBLE_DEVICES" in os.environ and torch.cuda.device_count() == 1:  # each process may see its own
+    if cpu:
         return
-    if not cpu and here > torch.cuda.device_count():
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE") or 1), torch.cuda.device_count()
+    own = gpus == 1 and "CUDA_VISIBLE_DEVICES" in os.environ  # each process may see another one
+    if here > gpus and not own:
         raise ValueError(
-            f"{here} processes on a machine with {torch.cuda.device_count()} GPUs: each needs one of its own. Start "
+            f"{here} processes on a machine with {gpus} GPUs: each needs one of its own. Start "
             "fewer (--nproc_per_node), or compute on the CPU (--device cpu)"
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -17,7 +18,7 @@ from rto.config import Config
 from rto.data.sources import Loaded, TextPrompt, read_prompts
 from rto.evaluation.policies import answer
 from rto.pipeline import contest, normalise, training
-from rto.pipeline.answers import encode_all, policy_stage, sampling
+from rto.pipeline.answers import encode_all, pass_budget, policy_stage, sampling
 from rto.pipeline.job import Job, Step
 from rto.pipeline.lock import RunLock
 from rto.pipeline.readers import open_policy
@@ -25,6 +26,8 @@ from rto.pipeline.resolve import check_stages, guide_stage, resolve, scorer_stag
 from rto.recipe import nearest
 from rto.report.html import write_report
 from rto.rollouts.search import Score, Search, beam_search
+
+logger = logging.getLogger(__name__)
 
 
 def run(
@@ -189,7 +192,7 @@ def generate(
         raise ValueError(f"limit: at least 1 prompt (given: {limit})")
     job = Job(resolve(config.model_copy(update={"trackers": []})), quiet=True)  # they may not be installed here
     name, stage = policy_stage(job, policy)
-    budget = batch_tokens or config.policy.reading_tokens
+    budget = pass_budget(job, batch_tokens, logger.warning)
     shop = job.workshop()
     role = shop.reference() if name == "sft" else open_policy(job, shop, stage, "generated")
     encoder = job.rows.encoder
@@ -213,7 +216,7 @@ def generate(
             limit=encoder.max_response,
             end=encoder.end,
             pad=encoder.pad,
-            budget=budget,
+            budget=budget.tokens,
         )
         said = [encoder.decode(ids[mask].tolist()) for ids, mask in zip(found.ids, found.mask, strict=True)]
         notes: list[dict[str, Any]] = [{"search": "beams", "search_score": value} for value in scores.tolist()]

@@ -133,8 +133,7 @@ def write_answers(
     if todo:
         shop = job.workshop()
         role = shop.reference() if stage == "sft" else open_policy(job, shop, stage, "generated")
-        tokens, what = (batch_tokens, "batch") if batch_tokens else (config.policy.reading_tokens, "reading")
-        budget = Budget(tokens, job.progress.say, job.runtime.gather_all, what)
+        budget = pass_budget(job, batch_tokens, job.progress.say)
         writer = Writer(job, role, format, questions, settings, seed or 0, budget)
         with job.progress:
             job.progress.start("generate", total, total - len(todo))
@@ -163,6 +162,12 @@ def _counter(layout: Format) -> tuple[tuple[str, Counter] | None, list[str]]:
         said = "token_len needs tiktoken and its tables in TIKTOKEN_CACHE_DIR: the style metadata is left out"
         return None, [said]
     return (name, count), []
+
+
+def pass_budget(job: Job, batch_tokens: int | None, say: Callable[[str], None]) -> Budget:
+    """Of sampling: ``batch_tokens``, or as many as the run read with."""
+    tokens, what = (batch_tokens, "batch") if batch_tokens else (job.config.policy.reading_tokens, "reading")
+    return Budget(tokens, say, job.runtime.gather_all, what)
 
 
 def encode_all(encoder: Encoder, asked: Loaded[TextPrompt]) -> Encoded[PromptRow]:

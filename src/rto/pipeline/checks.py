@@ -16,7 +16,7 @@ from rto.config import Config
 from rto.data.chat import Encoder
 from rto.data.layouts import Prompt
 from rto.data.rows import Rows
-from rto.models.load import has_vocabulary, locate, same_vocabulary, tokenizer_at
+from rto.models.load import has_vocabulary, locate, opened_as, same_vocabulary, tokenizer_at
 from rto.models.runtime import Runtime
 from rto.pipeline.resolve import scorer_stage
 from rto.policy.train import reads_values
@@ -147,8 +147,7 @@ def _roles(config: Config, rows: Rows) -> Iterator[Check]:
             others.append((f"scorer {stage}", locate(scorer.model), False, scorer.model))
     oracle = config.evaluation.oracle
     if isinstance(oracle, recipe.ModelOracle):
-        model = recipe.Pretrained(name=oracle.name, trust_remote_code=oracle.trust_remote_code)
-        others.append(("oracle", oracle.name, False, model))
+        others.append(("oracle", oracle.name, False, opened_as(oracle.name, config.model, oracle.trust_remote_code)))
     for role, name, bridged, model in others:
         try:
             theirs = tokenizer_at(name, model)

@@ -20,7 +20,7 @@ from rto.evaluation import policies as contest
 from rto.evaluation.runs import used_in_training
 from rto.evaluation.winrate import without_nan
 from rto.models.checkpoint import read_notes
-from rto.models.load import same_vocabulary, tokenizer_at
+from rto.models.load import opened_as, same_vocabulary, tokenizer_at
 from rto.models.memory import Budget
 from rto.models.role import Role
 from rto.models.workshop import Workshop
@@ -213,8 +213,7 @@ def _judge(
 
         oracle = contest.judge_by_words(post, job.rows.encoder)
         return oracle, f"the server {server.name}", lambda: server.last_failure
-    trust, ours = settings.trust_remote_code, job.config.model
-    model = recipe.Pretrained(name=settings.name, trust_remote_code=trust, dtype=ours.dtype, attention=ours.attention)
+    model = opened_as(settings.name, job.config.model, settings.trust_remote_code)
     same_vocabulary(job.tokenizer, tokenizer_at(settings.name, model), "oracle", settings.name)
     own = Workshop(model, settings.name, job.tokenizer, job.runtime, job.config.seed)
     scorer = own.open_scorer(settings.name, "oracle", None, trained=False)

@@ -17,6 +17,7 @@ from rto.config import Config, Policy, Supervised, Training
 from rto.data.collate import micro_batches
 from rto.data.rows import Rows, scored_from_pairs
 from rto.models.checkpoint import is_adapter
+from rto.models.load import opened_as
 from rto.models.memory import Budget
 from rto.models.rehearsal import GhostWorkshop, Glibc, Label, Tally, base_of, watch_gradients
 from rto.models.role import Role
@@ -183,9 +184,7 @@ class Rehearsal:
             roles["oracle"] = shop.open("oracle", "scorer", trained=False)
         if isinstance(config.evaluation.oracle, recipe.ModelOracle):
             name, trust = config.evaluation.oracle.name, config.evaluation.oracle.trust_remote_code
-            ours, tokenizer = config.model, self.rows.encoder.tokenizer
-            model = recipe.Pretrained(name=name, trust_remote_code=trust, dtype=ours.dtype, attention=ours.attention)
-            own = GhostWorkshop(model, name, tokenizer, self.runtime, config.seed).begin(shop.tally)
+            own = shop._other(opened_as(name, config.model, trust))
             roles["oracle"] = own.open("oracle", "scorer", trained=False, folder=name)
         for each in config.policies().values():
             roles = self._readers(shop, each, roles)
