@@ -17,6 +17,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from rto.products import add_product, product
+
 # Logits that exist at once: on a CPU as many as its caches hold, on a GPU enough to keep it busy.
 LOGITS = {"cpu": 2**20, "cuda": 2**26}
 FEWEST = 1024  # words of a block: narrower matrix products are slow
@@ -61,7 +63,7 @@ class _Selected(torch.autograd.Function):
         picked = rows
         for start, words in _blocks(weight, block):
             words = words.to(x.dtype)
-            logits = (x @ words.T).to(precise)
+            logits = product(x, words).to(precise)
             at = (labels - start).clamp(0, len(words) - 1)
             here = (labels >= start) & (labels < start + len(words))
             picked = torch.where(here, logits.gather(1, at[:, None]).squeeze(1), picked)
@@ -76,7 +78,7 @@ class _Selected(torch.autograd.Function):
                 e = shifted.exp_()
             mass = shrink * mass + e.sum(-1)
             if mean is not None:
-                mean.mul_(shrink[:, None]).add_(e.to(x.dtype) @ words)
+                mean.mul_(shrink[:, None]).add_(product(e.to(x.dtype), words.T))
             top = higher
         total = top + mass.log()
         if mean is not None:
@@ -103,16 +105,14 @@ class _Selected(torch.autograd.Function):
             weights, fresh = own_gradient(ctx.own) if ctx.own is not None else (torch.empty_like(weight), True)
         for start, words in _blocks(weight, ctx.block):
             stop, words = start + len(words), words.to(x.dtype)
-            share = (x @ words.T).to(total.dtype).sub_(total[:, None]).exp_().mul_(-gradient[:, None])
+            share = product(x, words).to(total.dtype).sub_(total[:, None]).exp_().mul_(-gradient[:, None])
             row = ((labels >= start) & (labels < stop)).nonzero().squeeze(-1)
             share[row, labels[row] - start] += gradient[row]
             share = share.to(x.dtype)
             if states is not None:
-                states += share @ words
-            if weights is not None and weights.dtype == x.dtype:
-                weights[start:stop].addmm_(share.T, x, beta=0 if fresh else 1)  # beta 0 reads nothing
-            elif weights is not None:
-                weights[start:stop].copy_(share.T @ x) if fresh else weights[start:stop].add_(share.T @ x)
+                states += product(share, words.T)
+            if weights is not None:
+                add_product(weights[start:stop], share.T, x.T, fresh)
         if states is not None:
             states = states.div_(ctx.temperature).to(ctx.kind)
         if for_weight and ctx.own is not None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from rto.models.linear import is_linear
 from rto.models.role import Role
 
 STEPS = 32  # of sampling; fewer do not pay for the copies
@@ -53,7 +54,7 @@ def copied(role: Role, steps: int) -> list[tuple[nn.Module, nn.Linear]]:
         base: Any = getattr(layer, "base_layer", layer)  # peft's name for what its layers wrap
         if base is not layer:
             below.update(layer.modules())
-        plain = type(base) is nn.Linear and base.weight.dtype == torch.float32 and "forward" not in vars(layer)
+        plain = is_linear(base) and base.weight.dtype == torch.float32 and "forward" not in vars(layer)
         if plain and (_packs(base) or _has(layer, role.adapter)):
             found.append((layer, base))
     return found

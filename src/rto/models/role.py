@@ -20,6 +20,7 @@ from rto.input_layer import sum_in_place
 from rto.models.fused import fuse
 from rto.models.kept import Kept
 from rto.models.kernels import Offloaded
+from rto.models.linear import is_linear, use_products
 from rto.models.packing import Packed, keeps_apart, pack
 from rto.models.siblings import Forked, fork, reads_forked
 from rto.numerics import predicting, token_kl, token_logprobs
@@ -69,6 +70,7 @@ class Backbone:
             sum_in_place(network.get_input_embeddings())
         if self.device.type == "cpu":
             fuse(network)
+            use_products(network)
         if checkpointing:
             # transformers 5.23 renamed it
             name = "activation" if hasattr(network, "activation_checkpointing_enable") else "gradient"
@@ -150,8 +152,7 @@ class Backbone:
         self._untie()
         for key, layer in [(key, m) for key, m in self.network.named_modules() if m in self._layers]:
             layer.merge(adapter_names=[name])
-            parent, _, child = key.rpartition(".")
-            setattr(self.network.get_submodule(parent), child, layer.get_base_layer())
+            self.network.set_submodule(key, layer.get_base_layer())
         self._layers, self._adapter_weights, self._active = [], [], None
 
     def _untie(self) -> None:
@@ -273,8 +274,7 @@ class Backbone:
         """The output layer's weights, where logits are states times these and nothing else."""
         layer, settings = self.network.get_output_embeddings(), self.network.config.get_text_config()
         scaled = any(getattr(settings, name, None) for name in _SCALINGS)
-        plain = type(layer) is nn.Linear and layer.bias is None and not scaled
-        return layer.weight if plain else None
+        return layer.weight if is_linear(layer) and layer.bias is None and not scaled else None
 
 
 class Role:
