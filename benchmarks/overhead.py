@@ -203,7 +203,7 @@ def table(name: str, took: list[tuple[float, Spent]]) -> tuple[str, float]:
     """A line, and the share of overhead: the median over iterations."""
     share = statistics.median(1 - sum(spent.values()) / seconds for seconds, spent in took)
     parts = [statistics.median(spent.get(part, 0.0) for _, spent in took) for part in PARTS]
-    cells = [name, f"{statistics.median(seconds for seconds, _ in took):.4f}", *(f"{part:.3f}" for part in parts)]
+    cells = [name, f"{statistics.median(seconds for seconds, _ in took):.3f}", *(f"{part:.3f}" for part in parts)]
     return f"| {' | '.join([*cells, f'{share:.1%}'])} |", share
 
 

@@ -73,7 +73,8 @@ def test_overhead_of_iterations(capsys):
         cells = next(line for line in said.splitlines() if line.startswith(f"| {name}")).split("|")[2:-1]
         seconds, *parts = map(float, cells[:-1])
         share = float(cells[-1].strip().rstrip("%")) / 100
-        assert all(part > 0 for part in parts)
+        assert all(part >= 0 for part in parts)  # the optimiser of a tiny model may take less than is printed
+        assert seconds > 0 and parts[0] > 0
         assert share == pytest.approx(1 - sum(parts) / seconds, abs=0.02)
     assert "policy/" in said
     assert (Backbone.states, torch.Tensor.backward) == plain
