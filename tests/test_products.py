@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 import transformers as hf
@@ -222,6 +224,14 @@ def test_a_model_s_losses_and_gradients(onednn, monkeypatch, lora):
         assert (len(onednn) > 40) is ours
     for want, got in zip(*results, strict=True):
         assert_close(got, want, atol=1e-5 * max(1.0, float(want.abs().max())), rtol=0)
+
+
+def test_few_kernels_are_kept(monkeypatch):
+    monkeypatch.delenv("LRU_CACHE_CAPACITY", raising=False)
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "7")  # a user's own
+    use_products(nn.Linear(2, 2))
+    assert (os.environ["LRU_CACHE_CAPACITY"], os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]) == ("64", "7")
+    monkeypatch.delenv("LRU_CACHE_CAPACITY")
 
 
 def test_linear_without_a_layer(onednn):

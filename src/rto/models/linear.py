@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rto.products import by_onednn, onednn_is_faster, product
+from rto.products import bound_kernels, by_onednn, onednn_is_faster, product
 
 
 class ProductLinear(nn.Linear):
@@ -47,6 +47,7 @@ def is_linear(layer: Any) -> bool:
 
 def use_products(network: nn.Module) -> None:
     """Change the plain linear layers of ``network``, where oneDNN is the faster library."""
+    bound_kernels()
     if onednn_is_faster():
         for module in network.modules():
             if type(module) is nn.Linear:
