@@ -43,6 +43,12 @@ def test_processes_share_the_cores(system, monkeypatch):
     assert choose_threads().count == 1
 
 
+@pytest.mark.parametrize(("faster", "said"), [(True, "oneDNN"), (False, "PyTorch's choice")])
+def test_who_multiplies(system, monkeypatch, faster, said):
+    monkeypatch.setattr(threads, "onednn_is_faster", lambda: faster)
+    assert str(choose_threads()).endswith(f", matrix products of {said}")
+
+
 @pytest.mark.parametrize("name", threads.CHOICES)
 def test_what_the_user_sets_stays(system, monkeypatch, name):
     monkeypatch.setenv(name, "8")

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from rto.products import onednn_is_faster
+
 SYSTEM = Path("/sys")
 CHOICES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # a user's own
 
@@ -16,18 +18,20 @@ CHOICES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # a user's own
 @dataclass(frozen=True)
 class Threads:
     """``cores``: physical ones that this process may run on. ``given``: the variable of the environment that says how
-    many threads. ``malloc``: the library that allocates memory."""
+    many threads. ``malloc``: the library that allocates memory. ``products``: the one that multiplies matrices."""
 
     count: int
     cores: int
     nodes: int
     given: str | None
     malloc: str
+    products: str
 
     def __str__(self) -> str:
         by = f"set by {self.given}" if self.given else "no OMP_NUM_THREADS"
         nodes = "1 NUMA node" if self.nodes == 1 else f"{self.nodes} NUMA nodes"
-        return f"threads {self.count} ({by}) on {self.cores} physical cores, {nodes}, malloc of {self.malloc}"
+        used = f"malloc of {self.malloc}, matrix products of {self.products}"
+        return f"threads {self.count} ({by}) on {self.cores} physical cores, {nodes}, {used}"
 
 
 def choose_threads() -> Threads:
@@ -42,7 +46,8 @@ def choose_threads() -> Threads:
     if given is None and torch.get_num_threads() > share:
         torch.set_num_threads(share)
     nodes = len(list(SYSTEM.glob("devices/system/node/node[0-9]*")))
-    return Threads(torch.get_num_threads(), cores, max(1, nodes), given, _malloc())
+    products = "oneDNN" if onednn_is_faster() else "PyTorch's choice"
+    return Threads(torch.get_num_threads(), cores, max(1, nodes), given, _malloc(), products)
 
 
 def _cores() -> int:
