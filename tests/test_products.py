@@ -27,6 +27,7 @@ def onednn(monkeypatch) -> list[tuple[int, ...]]:
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this PyTorch has no oneDNN")
     monkeypatch.setattr(products, "FEWEST", 0)
+    monkeypatch.setattr(products, "COPIED", 0)
     for module in ("rto.products", "rto.models.linear"):
         monkeypatch.setattr(f"{module}.onednn_is_faster", lambda: True)
     seen: list[tuple[int, ...]] = []
@@ -74,6 +75,12 @@ def test_only_what_it_is_faster_for(onednn, monkeypatch):
     assert not by_onednn(*ours)
     monkeypatch.setattr(products, "FEWEST", 60)
     assert by_onednn(*ours)
+    turned = drawn(5, 3).T, ours[1]
+    assert by_onednn(*turned)
+    monkeypatch.setattr(products, "COPIED", 5)
+    assert by_onednn(*ours) and not by_onednn(*turned)
+    monkeypatch.setattr(products, "COPIED", 4)
+    assert by_onednn(*turned)
     monkeypatch.setattr("rto.products.onednn_is_faster", lambda: False)
     assert not by_onednn(*ours)
 

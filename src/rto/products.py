@@ -18,6 +18,7 @@ from torch import Tensor
 
 KERNELS = 64
 FEWEST = 2**22  # multiplications: oneDNN's kernels cost 10 microseconds to call, which fewer do not pay for
+COPIED = 192  # columns of a product whose left matrix has to be copied: fewer do not pay for that
 PROCESSOR = Path("/proc/cpuinfo")
 
 
@@ -47,7 +48,9 @@ def by_onednn(left: Tensor, right: Tensor) -> bool:
     """Whether oneDNN multiplies these faster."""
     if left.dtype != torch.float32 or right.dtype != torch.float32 or left.device.type != "cpu":
         return False
-    return left.numel() * len(right) >= FEWEST and onednn_is_faster()
+    if left.numel() * len(right) < FEWEST or (len(right) < COPIED and not left.is_contiguous()):
+        return False
+    return onednn_is_faster()
 
 
 @functools.cache
