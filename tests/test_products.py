@@ -7,6 +7,7 @@ import os
 import pytest
 import torch
 import transformers as hf
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -14,6 +15,7 @@ from rto import products
 from rto.config import Lora
 from rto.data.collate import collate_completions
 from rto.models.linear import ProductLinear, linear, use_products
+from rto.models.lora import add_in_place
 from rto.models.role import Backbone, Role
 from rto.output_layer import selected_logprobs
 from rto.products import add_product, by_onednn, onednn_is_faster, product
@@ -26,15 +28,17 @@ def onednn(monkeypatch) -> list[tuple[int, ...]]:
     """oneDNN multiplies everything that it can. Returns the shapes that it was given."""
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this PyTorch has no oneDNN")
-    monkeypatch.setattr(products, "FEWEST", 0)
+    monkeypatch.setattr(products, "MULTIPLICATIONS", 0)
     monkeypatch.setattr(products, "COPIED", 0)
     for module in ("rto.products", "rto.models.linear"):
         monkeypatch.setattr(f"{module}.onednn_is_faster", lambda: True)
     seen: list[tuple[int, ...]] = []
 
     def counted(left: Tensor, right: Tensor) -> bool:
-        yes = by_onednn(left, right)
-        return seen.append((*left.shape, len(right))) or True if yes else False
+        faster = by_onednn(left, right)
+        if faster:
+            seen.append((*left.shape, len(right)))
+        return faster
 
     monkeypatch.setattr(products, "by_onednn", counted)
     return seen
@@ -71,9 +75,9 @@ def test_only_what_it_is_faster_for(onednn, monkeypatch):
     assert not by_onednn(ours[0].double(), ours[1].double())
     assert not by_onednn(ours[0].bfloat16(), ours[1].bfloat16())
     assert not by_onednn(ours[0].to("meta"), ours[1].to("meta"))
-    monkeypatch.setattr(products, "FEWEST", 61)
+    monkeypatch.setattr(products, "MULTIPLICATIONS", 61)
     assert not by_onednn(*ours)
-    monkeypatch.setattr(products, "FEWEST", 60)
+    monkeypatch.setattr(products, "MULTIPLICATIONS", 60)
     assert by_onednn(*ours)
     turned = drawn(5, 3).T, ours[1]
     assert by_onednn(*turned)
@@ -210,7 +214,7 @@ def test_a_model_s_losses_and_gradients(onednn, monkeypatch, lora):
     results = []
     for ours in (False, True):
         torch.manual_seed(0)
-        monkeypatch.setattr(products, "FEWEST", 0 if ours else 10**9)
+        monkeypatch.setattr(products, "MULTIPLICATIONS", 0 if ours else 10**9)
         settings = hf.LlamaConfig(
             vocab_size=30, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
             initializer_range=0.3, bos_token_id=None, eos_token_id=1,
@@ -234,11 +238,23 @@ def test_a_model_s_losses_and_gradients(onednn, monkeypatch, lora):
 
 
 def test_few_kernels_are_kept(monkeypatch):
-    monkeypatch.delenv("LRU_CACHE_CAPACITY", raising=False)
-    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "7")  # a user's own
+    monkeypatch.setattr(os, "environ", {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "7"})  # a user's own
     use_products(nn.Linear(2, 2))
-    assert (os.environ["LRU_CACHE_CAPACITY"], os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]) == ("64", "7")
-    monkeypatch.delenv("LRU_CACHE_CAPACITY")
+    assert os.environ == {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "7", "LRU_CACHE_CAPACITY": "64"}
+
+
+@pytest.mark.parametrize("lora", [None, Lora(r=2)])
+def test_gradients_of_gradients_are_refused(onednn, lora):
+    """oneDNN's products have none: they would be left out without a word."""
+    network = nn.Sequential(nn.Linear(5, 4))
+    use_products(network)
+    if lora is not None:
+        layer = inject_adapter_in_model(LoraConfig(r=2, target_modules=["0"]), network, adapter_name="a")[0]
+        add_in_place([layer])
+    x = drawn(3, 5).requires_grad_()
+    (once,) = torch.autograd.grad(network(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        once.sum().backward()
 
 
 def test_linear_without_a_layer(onednn):

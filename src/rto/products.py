@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-KERNELS = 64
-FEWEST = 2**22  # multiplications: oneDNN's kernels cost 10 microseconds to call, which fewer do not pay for
+KERNELS = 64  # of oneDNN that are kept
+MULTIPLICATIONS = 2**22  # of a product: oneDNN's kernels cost 10 microseconds to call, which fewer do not pay for
 COPIED = 192  # columns of a product whose left matrix has to be copied: fewer do not pay for that
 PROCESSOR = Path("/proc/cpuinfo")
 
@@ -48,7 +48,7 @@ def by_onednn(left: Tensor, right: Tensor) -> bool:
     """Whether oneDNN multiplies these faster."""
     if left.dtype != torch.float32 or right.dtype != torch.float32 or left.device.type != "cpu":
         return False
-    if left.numel() * len(right) < FEWEST or (len(right) < COPIED and not left.is_contiguous()):
+    if left.numel() * len(right) < MULTIPLICATIONS or (len(right) < COPIED and not left.is_contiguous()):
         return False
     return onednn_is_faster()
 

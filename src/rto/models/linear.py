@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from rto.products import bound_kernels, by_onednn, onednn_is_faster, product
 
@@ -32,6 +33,7 @@ class _Linear(torch.autograd.Function):
         return product(x, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
         rows = gradient.flatten(0, -2)
@@ -46,7 +48,8 @@ def is_linear(layer: Any) -> bool:
 
 
 def use_products(network: nn.Module) -> None:
-    """Change the plain linear layers of ``network``, where oneDNN is the faster library."""
+    """Change the plain linear layers of ``network``, where oneDNN is the faster library. To be called before a pass, as
+    it also bounds what oneDNN keeps."""
     bound_kernels()
     if onednn_is_faster():
         for module in network.modules():

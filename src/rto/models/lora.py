@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from rto.models.linear import is_linear
 from rto.products import product
@@ -56,6 +57,7 @@ class _Adapted(torch.autograd.Function):
         return product(x, weight, bias).addmm_(low, up.T, alpha=scale)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, down, up, low = ctx.saved_tensors
         for_x, for_weight, for_bias, for_down, for_up, _ = ctx.needs_input_grad
@@ -66,7 +68,7 @@ class _Adapted(torch.autograd.Function):
             gradient.sum(0) if for_bias else None,
             product(narrow.T, x.T) if for_down else None,
             # As the transpose of [R, O]: the smaller one of two is copied
-            product(low.T, gradient.T).T.mul(ctx.scale) if for_up else None,
+            product(low.T, gradient.T).mul_(ctx.scale).T if for_up else None,
             None,
         )
 
