@@ -179,6 +179,8 @@ def test_one_rto_side_serves_both_setups_and_one_peer_both_kinds_of_rl():
     full, adapters = Entry("ppo", "rto"), Entry("ppo-adapters", "rto")
     assert runs(["ppo", "dpo", "ppo-adapters"], ["default"]) == [[Entry("ppo", "peer"), full, adapters], [PEER, OURS]]
     assert runs(["ppo-adapters"]) == [[Entry("ppo", "peer", setup), adapters] for setup in ("default", "tuned")]
+    natural = [[Entry("dpo-natural", "peer", setup), Entry("dpo-natural", "rto")] for setup in ("default", "tuned")]
+    assert runs(["dpo-natural"]) == natural
     assert runs(["ppo", "ppo-adapters"], only="rto") == [[full, adapters]]
     assert runs(["ppo", "dpo"], device="cuda") == [[Entry("ppo", "peer"), full], [PEER, TUNED, OURS]]
 

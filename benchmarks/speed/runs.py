@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from benchmarks.speed.machine import SETUPS
 
 PEER_OF = {"ppo-adapters": "ppo"}  # work whose peer is another work's
-APART = ("ppo",)  # two peers of this kind do not fit into 24 GiB of memory: one setup after the other
+APART = ("ppo", "dpo-natural")  # two peers of these do not fit into 24 GiB of memory: one setup after the other
 # Most blocks of sampling are small, and it has no gradients; TRL's PPO knows no gradient checkpointing
 ONE_SETUP = {"cpu": ("generate",), "cuda": ("generate", "ppo")}
 
@@ -50,7 +50,7 @@ def runs(
         if only == "rto":
             found.append(served)
             continue
-        for together in [[one] for one in wanted] if kind in APART else [wanted]:
+        for together in [[one] for one in wanted] if peer in APART else [wanted]:
             peers = [Entry(peer, "peer", setup) for setup in together]
             found.append(peers if only == "peer" else peers + served)
     return found
