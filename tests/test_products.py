@@ -100,6 +100,17 @@ def test_added_where_it_stands(onednn, fresh, dtype):
     assert total.data_ptr() == place
 
 
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_large_sum_is_added_to_share_by_share(onednn, monkeypatch, fresh):
+    monkeypatch.setattr(products, "SHARE", 20)
+    monkeypatch.setattr(products, "ROWS", 1)
+    left, right = drawn(13, 3), drawn(4, 3, seed=1)
+    total = torch.full((13, 4), float("nan") if fresh else 2.0)
+    add_product(total, left, right, fresh)
+    assert [shape[0] for shape in onednn[1:]] == [5, 5, 3]  # 20 numbers each; the first question was which library
+    assert_close(total, exact(left, right).float() + (0.0 if fresh else 2.0), **CLOSE)
+
+
 def read(layer: nn.Linear, x: Tensor, trained: str) -> list[Tensor | None]:
     """The output and the gradients for another weight on each output."""
     x = x.detach().clone().requires_grad_("x" in trained)

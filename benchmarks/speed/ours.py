@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from benchmarks.speed.case import Case, Row, tokens
@@ -66,13 +67,9 @@ def supervised(case: Case, objective: Any, batches: list[list[Any]], runtime: An
     config = Supervised.model_validate(training(case))
     optimizer = Optimizer(objective.role.parameters(), config, config.lr, case.turns)
     budget = Budget(config.micro_tokens, refuse, runtime.gather_all)
-    plain = objective.loss
-
-    def timed(rows: list[Any], total: float) -> Any:
-        with turns.phase("forward"):
-            return plain(rows, total)
-
-    objective.loss = timed
+    for name in ("prepare", "loss"):
+        if hasattr(objective, name):
+            setattr(objective, name, _timed(getattr(objective, name), turns))
     turns.ready({**settings(case), "optimizer": type(optimizer.inner).__name__})
     while True:
         batch = batches[turns.number % len(batches)]
@@ -86,3 +83,11 @@ def supervised(case: Case, objective: Any, batches: list[list[Any]], runtime: An
         if "margin" in sums:
             checks["margin"] = sums["margin"] / len(batch)
         turns.end(sum(map(tokens, case.batch(turns.number))), "optimiser", checks)
+
+
+def _timed(work: Callable[..., Any], turns: Turns) -> Callable[..., Any]:
+    def timed(*given: Any) -> Any:
+        with turns.phase("forward"):
+            return work(*given)
+
+    return timed

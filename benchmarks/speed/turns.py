@@ -114,10 +114,11 @@ def _fused() -> dict[Any, Any]:
     import torch
 
     def attention(query, key, value, *_: Any, **__: Any) -> int:
-        return sdpa_flop_count(query, key, value)
+        heads = query[1]  # each of which reads keys and values, whether they are its own or not
+        return sdpa_flop_count(query, (key[0], heads, *key[2:]), (value[0], heads, *value[2:]))
 
     def attention_backward(_gradient, query, key, value, *_: Any, **__: Any) -> int:
-        return 5 * sdpa_flop_count(query, key, value) // 2  # five products for two, scores computed again
+        return 5 * attention(query, key, value) // 2  # five products for two, scores computed again
 
     def linear(x, weight, *_: Any, out_shape: Any = None, **__: Any) -> int:
         rows = 1

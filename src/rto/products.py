@@ -19,6 +19,7 @@ from torch import Tensor
 KERNELS = 64  # of oneDNN that are kept
 MULTIPLICATIONS = 2**22  # of a product: oneDNN's kernels cost 10 microseconds to call, which fewer do not pay for
 COPIED = 192  # columns of a product whose left matrix has to be copied: fewer do not pay for that
+SHARE, ROWS = 2**20, 1024  # numbers of a product that stand beside the sum they are added to, and no fewer rows
 PROCESSOR = Path("/proc/cpuinfo")
 
 
@@ -38,10 +39,11 @@ def add_product(
     """Add left @ right.T to ``total`` where it stands. ``fresh``: it has any numbers in it, and is written over."""
     if total.dtype == left.dtype and not by_onednn(left, right):
         total.addmm_(left, right.T, beta=0 if fresh else 1)  # beta 0 reads nothing
-    elif fresh:
-        total.copy_(product(left, right))
-    else:
-        total.add_(product(left, right))
+        return
+    rows = max(ROWS, SHARE // len(right))
+    for start in range(0, len(total), rows):
+        share, part = total[start : start + rows], product(left[start : start + rows], right)
+        share.copy_(part) if fresh else share.add_(part)
 
 
 def by_onednn(left: Tensor, right: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from types import ModuleType
 
@@ -13,7 +14,7 @@ from rto import recipe
 from rto.batch import Completions, Prompts
 from rto.config import Lora, Scratch
 from rto.data.worlds import world_tokenizer
-from rto.models.kernels import Offloaded, attending_to_cache, check_device, use_liger
+from rto.models.kernels import Offloaded, _shares_keys, attending_to_cache, check_device, share_keys, use_liger
 from rto.models.role import Backbone, Role
 from rto.models.runtime import Runtime
 from rto.models.workshop import Workshop
@@ -160,3 +161,43 @@ def test_activations_are_moved_and_weights_are_not():
     activations, weights = y.grad_fn._saved_mat1, y.grad_fn._saved_mat2
     assert activations.data_ptr() != x.data_ptr() and torch.equal(activations, x)
     assert weights.data_ptr() == layer.weight.data_ptr()
+
+
+# --- keys that several heads share --------------------------------------------------------------------
+
+
+def test_shared_keys_are_kept_once_and_change_nothing(monkeypatch):
+    """Four heads on two keys, two rows of which one is padded: log-probs and gradients, and what is kept for them."""
+    if not _shares_keys():
+        pytest.skip("this PyTorch repeats keys on CPUs")
+    ids = torch.tensor([[3, 4, 5, 6, 7], [8, 9, 10, 0, 0]])
+    found: dict[str, list[torch.Tensor]] = {}
+    shapes: dict[str, set[tuple[int, ...]]] = {"0": set(), "1": set()}
+    for forced, seen in shapes.items():
+        monkeypatch.setenv("TRANSFORMERS_SDPA_FORCE_GQA", forced)
+        size = SIZE | {"num_attention_heads": 4, "num_key_value_heads": 2}
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = hf.LlamaForCausalLM(hf.LlamaConfig(**size, initializer_range=0.3)).eval()
+
+        def kept(tensor: torch.Tensor, seen: set[tuple[int, ...]] = seen) -> torch.Tensor:
+            seen.add(tuple(tensor.shape))
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(kept, lambda tensor: tensor):
+            out = model(input_ids=ids, attention_mask=(ids > 0).long()).logits.log_softmax(-1)[ids > 0]
+        out[:, 3].sum().backward()
+        found[forced] = [out.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    for one, other in zip(*found.values(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    assert (2, 2, 5, 4) in shapes["1"] and (2, 2, 5, 4) not in shapes["0"]  # rows, keys, tokens, width
+
+
+def test_shared_keys_leave_a_choice_of_the_user(monkeypatch):
+    monkeypatch.setenv("TRANSFORMERS_SDPA_FORCE_GQA", "0")
+    share_keys()
+    assert os.environ["TRANSFORMERS_SDPA_FORCE_GQA"] == "0"
+    monkeypatch.delenv("TRANSFORMERS_SDPA_FORCE_GQA")
+    monkeypatch.setattr("rto.models.kernels._shares_keys", lambda: False)  # an older PyTorch
+    share_keys()
+    assert "TRANSFORMERS_SDPA_FORCE_GQA" not in os.environ

@@ -188,6 +188,59 @@ def test_implicit_rewards_by_hand(world, loss, options, chosen, rejected):
     assert sums == pytest.approx(expected, abs=1e-6)
 
 
+# --- the reference reads first ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", ["full", "lora"])
+def test_the_reference_reads_the_batch_before_the_policy_does(world, nudged, settings, monkeypatch):
+    """And equals one that reads beside it; a model of its own is let go between."""
+    rows, seen = world.rows.pairs[:6], []
+    goal, beside = objective(world, nudged, dpo, settings), objective(world, nudged, dpo, settings)
+    assert goal.role.backbone.forks and goal.reference.backbone.forks  # tried now, with passes of its own
+    for name, role in (("policy", goal.role), ("reference", goal.reference)):
+        plain = role.logprobs
+        monkeypatch.setattr(role, "logprobs", lambda *a, n=name, p=plain, **more: seen.append(n) or p(*a, **more))
+    monkeypatch.setattr("rto.preferences.objectives.leave", lambda role, policy: seen.append("left"))
+    loss, _ = gradients(goal, rows, Budget(ALONE, print), world.runtime, goal.role.backbone.network.zero_grad)
+    assert seen == ["reference"] * 6 + ["left"] + ["policy"] * 6
+    assert goal.ahead == {}
+
+    whole, _ = beside.loss(rows, len(rows))
+    whole.backward()
+    assert loss == pytest.approx(whole.item(), abs=1e-6)
+    for a, b in zip(grads(goal.role), grads(beside.role), strict=True):
+        assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+def test_a_reference_that_has_moved_reads_anew(world, nudged):
+    """What it said of one batch is not used for the next."""
+    goal, rows = objective(world, nudged, dpo), world.rows.pairs[:3]
+    losses = []
+    for _ in range(2):
+        losses.append(gradients(goal, rows, Budget(WHOLE, print), world.runtime, lambda: None)[0])
+        with torch.no_grad():
+            for weight in goal.reference.parameters():
+                weight.mul_(1.5)
+    goal.ahead.clear()
+    assert losses[0] != losses[1] == pytest.approx(_moved_once(world, nudged, rows), abs=1e-6)
+
+
+def _moved_once(world, nudged, rows) -> float:
+    goal = objective(world, nudged, dpo)
+    with torch.no_grad():
+        for weight in goal.reference.parameters():
+            weight.mul_(1.5)
+        return goal.loss(rows, len(rows))[0].item()
+
+
+@pytest.mark.parametrize("loss", [tdpo2, simpo])
+def test_what_reads_whole_distributions_or_no_reference_reads_nothing_ahead(world, nudged, loss, monkeypatch):
+    goal = objective(world, nudged, loss)
+    seen = calls(goal.reference) if goal.reference is not None else []
+    goal.prepare(world.rows.pairs[:3], Budget(WHOLE, print), world.runtime)
+    assert goal.ahead == {} and seen == []
+
+
 # --- the cache ----------------------------------------------------------------------------------------
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.nn.functional import scaled_dot_product_attention
 
 from rto import config as recipe
 
@@ -60,6 +62,25 @@ def use_liger(network: PreTrainedModel) -> None:
     if family not in KNOWN:
         raise ValueError(f"model.kernels = 'liger': Liger knows no kernels for the family {family}: leave it out")
     _apply_liger_kernel_to_instance(model=network, cross_entropy=False, fused_linear_cross_entropy=False)
+
+
+def share_keys() -> None:
+    """Let keys and values that several heads read be kept once, in a process whose networks are on a CPU.
+
+    Where there is a mask, transformers repeats them for every head, as PyTorch's kernels on GPUs ask for. That on CPUs
+    does not, from some version on. A user's own ``TRANSFORMERS_SDPA_FORCE_GQA`` stays.
+    """
+    if _shares_keys():
+        os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
+
+
+@torch.enable_grad()
+def _shares_keys() -> bool:
+    """Tried: where the kernel does not take them, PyTorch's attention is made of plain operations, which is slow."""
+    query, key = torch.zeros(1, 2, 1, 8, requires_grad=True), torch.zeros(1, 1, 1, 8)
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+    out = scaled_dot_product_attention(query, key, key, attn_mask=mask, enable_gqa=True)
+    return "FlashAttentionForCpu" in type(out.grad_fn).__name__
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
 """Weights that lie in a file: the system reads them when they are needed and can take their memory back.
 
-A frozen model of its own acts once an iteration of RL. Between its turns its pages need not count among the process's
-memory; the file's copy in the system's cache stays, so that they come back without a disk.
+A frozen model of its own acts once an iteration of RL, or once a step of a preference loss. Between its turns its pages
+need not count among the process's memory; the file's copy in the system's cache stays, so that they come back without a
+disk.
 """
 
 from __future__ import annotations
@@ -12,9 +13,17 @@ from pathlib import Path
 
 from torch import nn
 
+from rto.models.role import Role
+
 LARGE = 2**26  # bytes of a mapping; looking it up takes some milliseconds, which smaller ones are not worth
 _MADV_DONTNEED = 4  # of Linux's mman.h
 _HEAD = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ (\d+)\s")
+
+
+def leave(role: Role, policy: Role) -> None:
+    """The pages of a frozen role leave memory until its next turn, unless it shares them with the policy."""
+    if role.backbone is not policy.backbone:
+        let_go(role.backbone.network)
 
 
 def let_go(network: nn.Module) -> int:

@@ -23,6 +23,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch import Tensor, nn
 
+from rto.models.kernels import share_keys
 from rto.models.threads import choose_threads
 from rto.room import Room
 
@@ -49,6 +50,8 @@ class Runtime:
             cpu=cpu, log_with=self._trackers or None, project_dir=folder, kwargs_handlers=[waiting]
         )
         self.device = self.accelerator.device
+        if self.device.type == "cpu":
+            share_keys()
         self.rank = self.accelerator.process_index
         self.world = self.accelerator.num_processes
         self.main = self.accelerator.is_main_process

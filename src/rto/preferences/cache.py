@@ -43,7 +43,7 @@ class ReferenceCache:
             self.known = dict(zip(named, values.tolist(), strict=True))
 
     def sums(
-        self, answers: Sequence[tuple[list[int], list[int]]], compute: Callable[[], Tensor]
+        self, answers: Sequence[tuple[Sequence[int], Sequence[int]]], compute: Callable[[], Tensor]
     ) -> Float[Tensor, " N"]:
         """The log-prob of each (prompt, answer). ``compute`` gives all of them, and is called if any is unknown."""
         keys = [self._key(*ids) for ids in answers]
@@ -70,7 +70,7 @@ class ReferenceCache:
             os.replace(partial, self.path)
         runtime.wait()
 
-    def _key(self, prompt: list[int], answer: list[int]) -> bytes:
+    def _key(self, prompt: Sequence[int], answer: Sequence[int]) -> bytes:
         """The lengths stand in front, so that no prompt can run over into an answer."""
         ids = array("q", [len(prompt), len(answer), *prompt, *answer])
         return hashlib.sha256(self.fingerprint.encode() + b"\0" + ids.tobytes()).digest()

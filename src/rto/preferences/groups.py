@@ -15,8 +15,7 @@ from rto.finite import NotFinite, require_finite
 from rto.models.memory import Budget
 from rto.models.runtime import Runtime
 from rto.numerics import masked_sum
-from rto.preferences.cache import ReferenceCache
-from rto.preferences.objectives import Compared, Sums, log_ratio_parts, option
+from rto.preferences.objectives import Answers, Compared, Sums, option
 
 # What a group loss may name as a positional parameter; float32. Absent answers hold 0.
 READABLE_GROUP = {
@@ -51,22 +50,25 @@ class GroupObjective(Compared):
 
     @torch.no_grad()
     def prepare(self, batch: list[ScoredRow], budget: Budget, runtime: Runtime) -> None:
-        """KTO's reference point: the mean of log pi - log pi_ref over mismatched pairs, the prompt of each row with
-        the answers of the next one (of the last row: those of the first). A batch of one row, such as the rest at the
-        end of a stage, has none and keeps that of the batch before.
+        """And before it KTO's reference point: the mean of log pi - log pi_ref over mismatched pairs, the prompt of
+        each row with the answers of the next one (of the last row: those of the first). A batch of one row, such as the
+        rest at the end of a stage, has none and keeps that of the batch before.
 
         Raises:
             ValueError: the first batch has one row.
+            NotFinite: a log-prob, with its row.
         """
-        if "baseline" not in self.wanted:
-            return
-        if len(batch) == 1:
-            if self.baseline is None:
+        if "baseline" in self.wanted:
+            if len(batch) > 1:
+                self.baseline = self._mismatched(batch, budget, runtime)
+            elif self.baseline is None:
                 raise ValueError(
                     f"{self.function.__name__} compares prompts with the answers to other prompts, and a batch of one "
                     "row has no others: set prefer.batch to 2 or more"
                 )
-            return
+        super().prepare(batch, budget, runtime)
+
+    def _mismatched(self, batch: list[ScoredRow], budget: Budget, runtime: Runtime) -> float:
         pairs = [
             AnswerRow(row.row, row.prompt_text, row.prompt, answer, end)
             for row, other in zip(batch, batch[1:] + batch[:1], strict=True)
@@ -79,13 +81,13 @@ class GroupObjective(Compared):
             for index in micro_batches([len(pair.prompt) + len(pair.answer) for pair in mine], tokens):
                 rows = [mine[i] for i in index]
                 try:  # not cached: the next epoch mixes them anew
-                    parts = self._parts(rows, [(i, "answer") for i in range(len(rows))], None)
+                    parts = self._parts(self._asked(rows, [(i, "answer") for i in range(len(rows))]), None)
                 except NotFinite as error:
                     raise error.among(mine, index) from None
                 total += (parts[""] - parts["reference"]).sum().item()
             return total
 
-        self.baseline = runtime.sum({"total": budget.within(work)})["total"] / len(pairs)
+        return runtime.sum({"total": budget.within(work)})["total"] / len(pairs)
 
     def loss(self, rows: list[ScoredRow], total: float) -> tuple[Tensor, Sums]:
         read = self._read(rows)
@@ -93,16 +95,20 @@ class GroupObjective(Compared):
         require_finite(losses, self.trained, "loss")
         return losses.sum() / total, self._sums(read)
 
-    def _read(self, rows: list[ScoredRow]) -> dict[str, Tensor]:
-        device = self.role.backbone.device
+    def answers(self, rows: list[ScoredRow]) -> Answers:
+        """Row by row."""
         flat = [
             AnswerRow(row.row, row.prompt_text, row.prompt, answer, end)
             for row in rows
             for answer, end in zip(row.answers, row.finished, strict=True)
         ]
         of = [(i, f"answers.{k}") for i, row in enumerate(rows) for k in range(len(row.answers))]
-        parts = self._parts(flat, of, self.cache)
-        parts["lengths"] = torch.tensor([len(one.answer) for one in flat], dtype=torch.float32, device=device)
+        return self._asked(flat, of)
+
+    def _read(self, rows: list[ScoredRow]) -> dict[str, Tensor]:
+        device, asked = self.role.backbone.device, self.answers(rows)
+        parts = self._parts(asked, self.cache)
+        parts["lengths"] = asked.batch.lengths.float()
         parts["scores"] = torch.tensor([s for row in rows for s in row.scores], dtype=torch.float32, device=device)
         counts = torch.tensor([len(row.answers) for row in rows], device=device)
         there = torch.arange(int(counts.max()), device=device) < counts[:, None]
@@ -114,13 +120,11 @@ class GroupObjective(Compared):
             read["baseline"] = torch.full((len(rows),), self.baseline, device=device)
         return read
 
-    def _parts(
-        self, flat: list[AnswerRow], of: list[tuple[int, str]], cache: ReferenceCache | None
-    ) -> dict[str, Tensor]:
+    def _asked(self, flat: list[AnswerRow], of: list[tuple[int, str]]) -> Answers:
         prompts, answers = [row.prompt for row in flat], [row.answer for row in flat]
         batch = collate_completions(prompts, answers, [row.finished for row in flat], self.pad)
-        batch = batch.to(self.role.backbone.device)
-        return log_ratio_parts(self.role, self.reference, batch, list(zip(prompts, answers, strict=True)), of, cache)
+        ids = [(tuple(row.prompt), tuple(row.answer)) for row in flat]
+        return Answers(batch.to(self.role.backbone.device), ids, of)
 
     @torch.no_grad()
     def _sums(self, read: dict[str, Tensor]) -> Sums:

@@ -6,6 +6,7 @@ A loss says by its positional parameters what it reads; an objective computes th
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -18,9 +19,10 @@ from rto.batch import Completions, Pairs, Siblings
 from rto.data.chat import AnswerRow, PairRow
 from rto.data.collate import collate_completions, collate_pairs, micro_batches
 from rto.finite import NotFinite, require_finite
+from rto.models.mapped import leave
 from rto.models.memory import Budget
 from rto.models.role import Role
-from rto.models.runtime import Runtime
+from rto.models.runtime import Runtime, release_memory
 from rto.numerics import masked_sum, predicting, reduce
 from rto.preferences.cache import ReferenceCache
 from rto.preferences.sft import sft
@@ -62,12 +64,16 @@ class Objective(Protocol[Row]):
         """The rows' share of the loss, and sums over rows of what is worth logging."""
 
 
-@runtime_checkable
-class Prepared(Protocol[Row]):
-    """An objective whose loss reads something of the whole global batch."""
+Ids = tuple[tuple[int, ...], tuple[int, ...]]  # of a prompt and its answer
 
-    def prepare(self, batch: list[Row], budget: Budget, runtime: Runtime) -> None:
-        """Called once a batch, before its micro-batches, with the same batch on every process."""
+
+@dataclass(frozen=True)
+class Answers:
+    """Answers that models read together. ``of`` names them (:func:`rto.finite.require_finite`)."""
+
+    batch: Completions
+    ids: list[Ids]  # what they are known by
+    of: list[tuple[int, str]]
 
 
 @dataclass
@@ -92,7 +98,7 @@ class SftObjective:
         return reduce(sft(logprobs), batch.mask, "token", total), {}
 
 
-class Compared:
+class Compared(ABC):
     """A loss of a policy, mostly against its reference, or of a scorer; its positional parameters say what is computed
     for it, and ``READABLE`` of its kind what it may name. ``cache`` keeps the reference's log-probs between epochs.
 
@@ -101,6 +107,14 @@ class Compared:
     """
 
     readable: Mapping[str, str]
+
+    @abstractmethod
+    def size(self, row: Any) -> int:
+        """As :meth:`Objective.size`."""
+
+    @abstractmethod
+    def answers(self, rows: list[Any]) -> Answers:
+        """All answers of these rows."""
 
     def __init__(
         self,
@@ -117,6 +131,66 @@ class Compared:
         assert set(self.wanted) <= set(self.readable), f"{loss.__name__} reads what is not there: {self.wanted}"
         self.reference = reference_for(loss, reference, cache)
         self.trained = "policy" if role.head is None else "scorer"
+        self.ahead: dict[Ids, Tensor] = {}  # what the reference said of the batch that is being trained on
+
+    @torch.no_grad()
+    def prepare(self, batch: list[Any], budget: Budget, runtime: Runtime) -> None:
+        """Called once a batch, before its micro-batches, with the same batch on every process: the reference reads its
+        part of it. One whose weights lie in a file then leaves memory, so that they and the policy's gradients are
+        never there at once.
+
+        Not for a loss that compares whole distributions: there the two models are needed together.
+
+        Raises:
+            NotFinite: a log-prob, with its row.
+        """
+        self.ahead.clear()
+        reference = self.reference
+        if reference is None or KL & set(self.wanted):
+            return
+        mine = runtime.share(batch)
+        if reference.backbone is not self.role.backbone:
+            release_memory()  # of the last step's gradients
+
+        def work(tokens: int) -> None:
+            for index in micro_batches([self.size(row) for row in mine], tokens):
+                asked = self.answers([mine[i] for i in index])
+                try:
+                    self.ahead.update(zip(asked.ids, self._frozen(asked, self.cache).unbind(), strict=True))
+                except NotFinite as error:
+                    raise error.among(mine, index) from None
+
+        budget.within(work)
+        leave(reference, self.role)
+
+    def done(self) -> None:
+        """The batch of :meth:`prepare` is: the reference may be another one for the next."""
+        self.ahead.clear()
+
+    def _parts(self, asked: Answers, cache: ReferenceCache | None) -> dict[str, Float[Tensor, " B"]]:
+        """Summed log-probs of each answer under the role (key "") and, where there is one, the reference."""
+        found = {}
+        if self.reference is not None:  # first, while no activations of the policy are held
+            found["reference"] = self._frozen(asked, cache)
+        logprobs, _ = self.role.logprobs(asked.batch, entropy=False)
+        require_finite(logprobs, "policy", "log-prob", asked.of)
+        found[""] = masked_sum(logprobs, asked.batch.mask)
+        return found
+
+    @torch.no_grad()
+    def _frozen(self, asked: Answers, cache: ReferenceCache | None) -> Float[Tensor, " B"]:
+        """Summed log-probs under the reference: what it has said, or says now."""
+        if all(ids in self.ahead for ids in asked.ids):
+            return torch.stack([self.ahead[ids] for ids in asked.ids])
+        reference, batch = self.reference, asked.batch
+        assert reference is not None
+
+        def compute() -> Tensor:
+            logprobs, _ = reference.logprobs(batch, entropy=False)
+            require_finite(logprobs, "reference", "log-prob", asked.of)
+            return masked_sum(logprobs, batch.mask)
+
+        return compute() if cache is None else cache.sums(asked.ids, compute).to(batch.ids.device)
 
 
 class PairObjective(Compared):
@@ -160,20 +234,28 @@ class PairObjective(Compared):
 
         return budget.within(work)
 
+    def answers(self, rows: list[PairRow]) -> Answers:
+        """Chosen ones above rejected ones."""
+        return self._asked(rows, self._pairs(rows))
+
+    def _pairs(self, rows: list[PairRow]) -> Pairs:
+        return collate_pairs(rows, self.pad).to(self.role.backbone.device)
+
+    def _asked(self, rows: list[PairRow], pairs: Pairs) -> Answers:
+        ids = [(tuple(row.prompt), tuple(row.chosen)) for row in rows]
+        ids += [(tuple(row.prompt), tuple(row.rejected)) for row in rows]
+        return Answers(_both(pairs), ids, [(i, side) for side in ("chosen", "rejected") for i in range(len(rows))])
+
     def _read(self, rows: list[PairRow]) -> dict[str, Tensor]:
-        pairs = collate_pairs(rows, self.pad).to(self.role.backbone.device)
-        both = _both(pairs)
+        pairs = self._pairs(rows)
+        asked = self._asked(rows, pairs)
+        both, of = asked.batch, asked.of
         read = {"margin": pairs.margin}
         read["chosen_length"], read["rejected_length"] = both.lengths.float().chunk(2)
-        of = [(i, side) for side in ("chosen", "rejected") for i in range(len(rows))]
         if self.role.head is not None:
             read["chosen_score"], read["rejected_score"] = self._scores(both, of).chunk(2)
             return read
-        if KL & set(self.wanted):
-            found = self._with_kl(both, of)
-        else:
-            ids = [(row.prompt, row.chosen) for row in rows] + [(row.prompt, row.rejected) for row in rows]
-            found = log_ratio_parts(self.role, self.reference, both, ids, of, self.cache)
+        found = self._with_kl(both, of) if KL & set(self.wanted) else self._parts(asked, self.cache)
         for name, values in found.items():
             suffix = f"_{name}" if name else ""
             read[f"chosen{suffix}"], read[f"rejected{suffix}"] = values.chunk(2)
@@ -191,7 +273,7 @@ class PairObjective(Compared):
         return scores
 
     def _with_kl(self, both: Completions, of: Sequence[tuple[int, str]]) -> dict[str, Tensor]:
-        """As :func:`log_ratio_parts`, and the KL; each model reads the text once."""
+        """As :meth:`_parts`, and the KL; each model reads the text once."""
         assert self.reference is not None
         with torch.no_grad():
             states = predicting(self.reference.hidden(both), both.ids.shape[1])
@@ -265,36 +347,6 @@ def check_cacheable(loss: Callable[..., Tensor]) -> None:
             f"cache_reference = true keeps one number an answer, but {loss.__name__} reads the reference's "
             "whole distribution at every token: set it to false"
         )
-
-
-def log_ratio_parts(
-    role: Role,
-    reference: Role | None,
-    batch: Completions,
-    ids: Sequence[tuple[list[int], list[int]]],
-    of: Sequence[tuple[int, str]],
-    cache: ReferenceCache | None = None,
-) -> dict[str, Float[Tensor, " B"]]:
-    """Summed log-probs of each answer under the role (key "") and, where there is one, the reference.
-
-    ``ids`` are the prompt and answer of each row of ``batch``: what the cache knows them by. ``of`` names them
-    (:func:`rto.finite.require_finite`).
-    """
-    found = {}
-    if reference is not None:  # first, while no activations of the policy are held
-        frozen = reference
-
-        @torch.no_grad()
-        def compute() -> Tensor:
-            logprobs, _ = frozen.logprobs(batch, entropy=False)
-            require_finite(logprobs, "reference", "log-prob", of)
-            return masked_sum(logprobs, batch.mask)
-
-        found["reference"] = compute() if cache is None else cache.sums(ids, compute).to(batch.ids.device)
-    logprobs, _ = role.logprobs(batch, entropy=False)
-    require_finite(logprobs, "policy", "log-prob", of)
-    found[""] = masked_sum(logprobs, batch.mask)
-    return found
 
 
 def _both(pairs: Pairs) -> Siblings:

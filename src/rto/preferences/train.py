@@ -26,7 +26,7 @@ from rto.models.saver import Moving, Saver
 from rto.optim import Optimizer
 from rto.preferences.cache import ReferenceCache
 from rto.preferences.groups import GroupObjective
-from rto.preferences.objectives import Compared, Objective, PairObjective, Prepared, SftObjective, Sums, reads
+from rto.preferences.objectives import Compared, Objective, PairObjective, SftObjective, Sums, reads
 from rto.report.log import RunLog
 from rto.seeds import shuffled
 
@@ -226,7 +226,7 @@ def _accumulate(
 ) -> Sums:
     """Loss and metrics of the whole batch, summed over micro-batches and processes."""
     total = sum(map(objective.weight, batch))
-    if isinstance(objective, Prepared):
+    if isinstance(objective, Compared):
         objective.prepare(batch, budget, runtime)
     mine = runtime.share(batch)
 
@@ -243,6 +243,8 @@ def _accumulate(
         return sums
 
     sums = budget.within(work, undo)
-    if isinstance(objective, Compared) and objective.cache is not None:
-        objective.cache.share(runtime)  # the next epoch deals the rows to other processes
+    if isinstance(objective, Compared):
+        objective.done()
+        if objective.cache is not None:
+            objective.cache.share(runtime)  # the next epoch deals the rows to other processes
     return runtime.sum(sums)

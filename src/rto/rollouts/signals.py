@@ -17,7 +17,7 @@ from rto.config import Spec
 from rto.data.chat import Encoder, PromptRow
 from rto.finite import require_finite
 from rto.models.checkpoint import ScorerNotes
-from rto.models.mapped import let_go
+from rto.models.mapped import leave
 from rto.models.role import Role
 from rto.models.segment import mean_at_ends
 from rto.rewards.normaliser import Normaliser
@@ -95,13 +95,13 @@ class Reader:
         if not cut or heat != 1.0:
             same = policy is self.reference and heat == 1.0
             parts["reference"] = logprobs if same else token_logprobs(self.reference, c, self.budget, heat)
-        _leave(self.reference, policy)  # before the next role comes into memory
+        leave(self.reference, policy)  # before the next role comes into memory
         if self.moving is not None:
             parts["moving"] = token_logprobs(self.moving, c, self.budget, heat)
         if "guide" in needs:
             assert self.guide is not None
             parts["guide"] = token_logprobs(self.guide, c, self.budget, heat)
-            _leave(self.guide, policy)
+            leave(self.guide, policy)
         if self.scorer is not None:
             parts |= self._scored(self.scorer, c, entropy, prompts)
         if "attention" in needs:
@@ -112,7 +112,7 @@ class Reader:
             else:
                 parts["attention"] = attention_weights(reader, c, options["reading"], self.budget)
         if self.scorer is not None and isinstance(self.scorer.role, Role):
-            _leave(self.scorer.role, policy)
+            leave(self.scorer.role, policy)
         if needs & {"sentence_ends", *EXTERNAL}:
             parts |= self._of_text(c, prompts)
         return parts
@@ -240,9 +240,3 @@ def tokens_of(encoder: Encoder, completions: Completions, row: int) -> list[str]
     """The text of each response token, special ones included."""
     ids = completions.ids[row][completions.mask[row]].tolist()
     return [str(encoder.tokenizer.decode([token])) for token in ids]
-
-
-def _leave(role: Role, policy: Role) -> None:
-    """The pages of a frozen role leave memory until its next turn, unless it shares them with the policy."""
-    if role.backbone is not policy.backbone:
-        let_go(role.backbone.network)
