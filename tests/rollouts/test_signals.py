@@ -22,7 +22,6 @@ from rto.models.role import Backbone, Role
 from rto.models.segment import SegmentScorer
 from rto.recipe import build
 from rto.rewards.normaliser import Normaliser
-from rto.rollouts import signals
 from rto.rollouts.signals import Reader, Scorer, check_finite, missing
 from rto.seeds import global_torch
 
@@ -126,7 +125,7 @@ def read(world, terms, roles=None, temperature: float = 1.0, budget: int = 10_00
 
 def test_weights_that_the_policy_shares_stay_in_memory(world, monkeypatch):
     left: list[Any] = []
-    monkeypatch.setattr(signals, "let_go", left.append)
+    monkeypatch.setattr("rto.models.mapped.let_go", left.append)
     apart = roles_of(world)
     read(world, [TERMINAL, IMPLICIT], apart)
     assert left == [world.networks[name] for name in ("reference", "guide", "scorer")]
