@@ -50,9 +50,9 @@ class GroupObjective(Compared):
 
     @torch.no_grad()
     def prepare(self, batch: list[ScoredRow], budget: Budget, runtime: Runtime) -> None:
-        """And before it KTO's reference point: the mean of log pi - log pi_ref over mismatched pairs, the prompt of
-        each row with the answers of the next one (of the last row: those of the first). A batch of one row, such as the
-        rest at the end of a stage, has none and keeps that of the batch before.
+        """First KTO's reference point, then what every loss has. The point is the mean of log pi - log pi_ref over
+        mismatched pairs, the prompt of each row with the answers of the next one (of the last row: those of the first).
+        A batch of one row, such as the rest at the end of a stage, has none and keeps that of the batch before.
 
         Raises:
             ValueError: the first batch has one row.

@@ -149,7 +149,8 @@ class Compared(ABC):
         if reference is None or KL & set(self.wanted):
             return
         mine = runtime.share(batch)
-        if reference.backbone is not self.role.backbone:
+        own = reference.backbone is not self.role.backbone
+        if own and reference.backbone.device.type == "cpu":
             release_memory()  # of the last step's gradients
 
         def work(tokens: int) -> None:
