@@ -14,7 +14,7 @@ from rto.config import Lora, Supervised
 from rto.models.memory import Budget
 from rto.models.role import Role
 from rto.models.workshop import Workshop
-from rto.preferences import cpo, dpo, ipo, orpo, rdpo, simpo, tdpo1, tdpo2
+from rto.preferences import cpo, dpo, ipo, orpo, rdpo, simpo, tdpo1, tdpo2, train
 from rto.preferences.cache import ReferenceCache, fingerprint
 from rto.preferences.objectives import reads_reference
 from rto.preferences.train import PairObjective, fit, gradients, objective_for
@@ -210,6 +210,18 @@ def test_the_reference_reads_the_batch_before_the_policy_does(world, nudged, set
     assert loss == pytest.approx(whole.item(), abs=1e-6)
     for a, b in zip(grads(goal.role), grads(beside.role), strict=True):
         assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+def test_a_row_that_is_tried_alone_is_read_in_the_same_order(world, nudged, monkeypatch):
+    """At the end of a stage, and to find whose gradient is no number."""
+    goal, seen = objective(world, nudged, dpo), []
+    monkeypatch.setattr("rto.preferences.objectives.leave", lambda role, policy: seen.append("left"))
+    for name, role in (("policy", goal.role), ("reference", goal.reference)):
+        role.backbone.body.register_forward_hook(lambda *_, n=name: seen.append(n))
+    assert goal.role.backbone.forks and goal.reference.backbone.forks
+    seen.clear()
+    train._backward_alone(goal, world.rows.pairs[0])
+    assert seen == ["reference", "left", "policy"] and goal.ahead == {} and grads(goal.role)
 
 
 def test_a_reference_that_has_moved_reads_anew(world, nudged):

@@ -136,32 +136,37 @@ class Compared(ABC):
     @torch.no_grad()
     def prepare(self, batch: list[Any], budget: Budget, runtime: Runtime) -> None:
         """Called once a batch, before its micro-batches, with the same batch on every process: the reference reads its
-        part of it. One whose weights lie in a file then leaves memory, so that they and the policy's gradients are
-        never there at once.
+        part of it (:meth:`read_ahead`).
+
+        Raises:
+            NotFinite: a log-prob, with its row.
+        """
+        self.ahead.clear()
+        mine = runtime.share(batch)
+        budget.within(lambda tokens: self.read_ahead(mine, tokens))
+
+    @torch.no_grad()
+    def read_ahead(self, rows: list[Any], tokens: int) -> None:
+        """The reference reads these rows, ``tokens`` a pass, before the policy does. One whose weights lie in a file
+        then leaves memory, so that they and the policy's gradients are never there at once.
 
         Not for a loss that compares whole distributions: there the two models are needed together.
 
         Raises:
             NotFinite: a log-prob, with its row.
         """
-        self.ahead.clear()
         reference = self.reference
         if reference is None or KL & set(self.wanted):
             return
-        mine = runtime.share(batch)
         own = reference.backbone is not self.role.backbone
         if own and reference.backbone.device.type == "cpu":
             release_memory()  # of the last step's gradients
-
-        def work(tokens: int) -> None:
-            for index in micro_batches([self.size(row) for row in mine], tokens):
-                asked = self.answers([mine[i] for i in index])
-                try:
-                    self.ahead.update(zip(asked.ids, self._frozen(asked, self.cache).unbind(), strict=True))
-                except NotFinite as error:
-                    raise error.among(mine, index) from None
-
-        budget.within(work)
+        for index in micro_batches([self.size(row) for row in rows], tokens):
+            asked = self.answers([rows[i] for i in index])
+            try:
+                self.ahead.update(zip(asked.ids, self._frozen(asked, self.cache).unbind(), strict=True))
+            except NotFinite as error:
+                raise error.among(rows, index) from None
         leave(reference, self.role)
 
     def done(self) -> None:

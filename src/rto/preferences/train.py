@@ -113,7 +113,7 @@ def fit(
     progress.start(stage, before + steps, before + state.step)
 
     def probe() -> None:
-        state.optimizer.probe(_trained(objective), lambda: objective.loss([rows[order[0]]], 1.0)[0].backward())
+        state.optimizer.probe(_trained(objective), lambda: _backward_alone(objective, rows[order[0]]))
 
     while state.step < steps or not (saver is None or saver.finish(before + steps, moving, probe)):
         begun = time.perf_counter()
@@ -177,7 +177,7 @@ def _step(optimizer: Optimizer, objective: Objective[Row], batch: list[Row], run
     """One optimiser step. Raises NotFinite that names the row whose gradient is not, where one alone is to blame."""
 
     def backward(i: int) -> None:
-        objective.loss([batch[i]], 1.0)[0].backward()
+        _backward_alone(objective, batch[i])
 
     try:
         return optimizer.step()
@@ -185,6 +185,15 @@ def _step(optimizer: Optimizer, objective: Objective[Row], batch: list[Row], run
         role = _trained(objective)
         mine = runtime.share(list(range(len(batch))))
         raise optimizer.blame(role, error, mine, backward, runtime.gather_all).among(batch, range(len(batch))) from None
+
+
+def _backward_alone(objective: Objective[Row], row: Row) -> None:
+    """Leave the gradient of one row, as far as this process goes."""
+    if isinstance(objective, Compared):
+        objective.read_ahead([row], 1)
+    objective.loss([row], 1.0)[0].backward()
+    if isinstance(objective, Compared):
+        objective.done()
 
 
 def _trained(objective: Objective[Row]) -> str:
