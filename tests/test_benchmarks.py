@@ -8,6 +8,7 @@ import io
 import json
 import math
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -76,6 +77,8 @@ def test_rto_takes_its_turns(name, base, served):
     least = count(case, case.batch(1), Model.read(base.model))
     assert turns[0]["flops"] == 0
     assert least < turns[1]["flops"] < 2 * least  # the floor is one, and not far from what is done
+    assert turns[1]["phase_flops"].keys() == turns[1]["phases"].keys()
+    assert sum(turns[1]["phase_flops"].values()) == turns[1]["flops"]
 
 
 def test_every_turn_of_dpo_starts_where_the_last_one_ended(served):
@@ -160,11 +163,28 @@ def test_operations_of_a_forward_pass():
     assert model.adapting(2, None) == 0
 
 
+def test_a_phase_inside_of_another_is_no_part_of_it():
+    turns = Turns(io.StringIO("go\ncount\n"), said := io.StringIO())
+    for _ in range(2):
+        turns.begin()
+        with turns.phase("outer"):
+            torch.ones(2, 3) @ torch.ones(3, 4)
+            with turns.phase("inner"):
+                torch.ones(2, 3) @ torch.ones(3, 5)
+                time.sleep(0.05)
+        turns.stop()
+        turns.end(1, "rest", {})
+    timed, counted = map(json.loads, said.getvalue().splitlines())
+    assert timed["phases"]["inner"] >= 0.05 > timed["phases"]["outer"]
+    assert counted["phase_flops"] == {"inner": 2 * 2 * 3 * 5, "outer": 2 * 2 * 3 * 4, "rest": 0}
+
+
 def a_side(entry: Entry, seconds: list[float], loss: float = 0.5) -> Measured:
     turns = [
         {"seconds": s, "phases": {"forward": s / 2, "rest": s / 2}, "tokens": 60, "memory_mb": 100 * s} for s in seconds
     ]
-    return Measured(entry, {"threads": 2}, turns, [{"loss": loss}] * len(turns), flops=6 * 10**9)
+    checks, done = [{"loss": loss}] * len(turns), {"forward": 42 * 10**8, "rest": 0}
+    return Measured(entry, {"threads": 2}, turns, checks, flops=6 * 10**9, phase_flops=done)
 
 
 PEER, TUNED, OURS = Entry("dpo", "peer"), Entry("dpo", "peer", "tuned"), Entry("dpo", "rto")
@@ -189,7 +209,7 @@ def test_the_table_by_hand():
     peer, tuned, ours = a_side(PEER, [6.0, 8.0, 7.0]), a_side(TUNED, [3.0, 3.0, 3.0]), a_side(OURS, [3.0, 2.0, 2.0])
     assert table.ratios(peer, ours) == [2.0, 4.0, 3.5]
     above, middle, below = table.lines([peer, tuned, ours], 6e9, {"dpo": 3e9})
-    assert "| 7 s (6 to 8) | forward 3.5, rest 3.5 | 9 | 700 MB | 0.006 (0.003) | 14% | 0.5 s |  |  |" in above
+    assert "| 7 s (6 to 8) | forward 3.5 (20%), rest 3.5 | 9 | 700 MB | 0.006 (0.003) | 14% | 0.5 s |  |  |" in above
     assert middle.startswith("| dpo | peer | tuned | 3 s (3 to 3) |")
     assert "| default: 3.5 x (2 to 4); tuned: 1.5 x (1 to 1.5) | default: 0.29; tuned: 0.67 |" in below
     assert {line.count("|") for line in (*table.head().splitlines(), above, below)} == {len(table.HEAD) + 1}

@@ -24,8 +24,8 @@ SRC = ROOT / "src"
 # From the bottom up: a unit (a module or package directly in rto) imports lower floors only.
 FLOORS = (
     {"products", "room"},
-    {"output_layer"},
-    {"input_layer"},
+    {"late"},
+    {"input_layer", "output_layer"},
     {"batch", "config", "finite", "numerics", "segments", "seeds"},
     {"report", "data", "rewards", "models", "advantages", "optim", "recipe", "theory"},
     {"rollouts", "preferences"},
@@ -39,7 +39,7 @@ FLOORS = (
 EXCEPTIONS: dict[tuple[str, str], str] = {}
 
 # Plain tensor code: it must load, and be readable, without the model libraries.
-MATHS = ("batch.py", "numerics.py", "products.py", "output_layer.py")
+MATHS = ("batch.py", "numerics.py", "products.py", "late.py", "output_layer.py")
 MATHS += ("rewards/**/*.py", "advantages/**/*.py", "preferences/**/*.py")
 MATHS += tuple(f"policy/{name}.py" for name in ("ppo", "value", "kl", "kl_loss", "p3o", "rebel", "scaling", "ema"))
 LOOPS = {

@@ -78,6 +78,7 @@ class Measured:
     turns: list[dict[str, Any]] = field(default_factory=list)  # the timed ones
     checks: list[dict[str, float]] = field(default_factory=list)  # of all turns
     flops: int = 0  # of one turn; 0: not counted, because the turns differ
+    phase_flops: dict[str, int] = field(default_factory=dict)
     failed: str = ""  # why it ended early
 
     @property
@@ -137,7 +138,8 @@ def measure(
                 if not result:
                     continue
                 measured.checks.append(result["checks"])
-                measured.flops = measured.flops or result["flops"]
+                if result["flops"]:
+                    measured.flops, measured.phase_flops = result["flops"], result["phase_flops"]
                 if timed:
                     measured.turns.append(result)
     finally:

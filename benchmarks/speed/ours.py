@@ -76,7 +76,6 @@ def supervised(case: Case, objective: Any, batches: list[list[Any]], runtime: An
         turns.begin()
         with turns.phase("backward"):
             loss, sums = gradients(objective, batch, budget, runtime, optimizer.forget)
-        turns.spent["backward"] -= turns.spent["forward"]
         optimizer.step()
         turns.stop()
         checks = {"loss": loss}

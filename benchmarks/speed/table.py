@@ -12,7 +12,7 @@ HEAD = (
     "side",
     "setup",
     "seconds (range)",
-    "by phase",
+    "by phase (share of GEMM peak)",
     "tokens/s",
     "peak memory",
     "TFLOP done (least)",
@@ -46,7 +46,7 @@ def _line(side: Measured, peers: Sequence[Measured], peak: float, least: float) 
     seconds = statistics.median(side.seconds)
     speed = statistics.median(turn["tokens"] / turn["seconds"] for turn in side.turns)
     cells = [side.entry.work, side.entry.side, side.entry.told, spread(side.seconds, " s")]
-    cells += [", ".join(f"{phase} {taken:.3g}" for phase, taken in side.phases().items())]
+    cells += [", ".join(_phase(side, phase, taken, peak) for phase, taken in side.phases().items())]
     cells += [f"{speed:,.0f}", f"{side.memory_mb:,.0f} MB"]
     if side.flops:
         cells += [f"{side.flops / 1e12:.3g} ({least / 1e12:.3g})", f"{side.flops / seconds / peak:.0%}"]
@@ -62,6 +62,12 @@ def _line(side: Measured, peers: Sequence[Measured], peak: float, least: float) 
             faster.append(f"{peer.entry.told}: {spread(ratios(peer, side), ' x')}")
             smaller.append(f"{peer.entry.told}: {side.memory_mb / peer.memory_mb:.2f}")
     return f"| {' | '.join([*cells, '; '.join(faster), '; '.join(smaller)])} |"
+
+
+def _phase(side: Measured, phase: str, taken: float, peak: float) -> str:
+    """Its seconds, and its share of the peak where it multiplies matrices."""
+    done = side.phase_flops.get(phase, 0)
+    return f"{phase} {taken:.3g}" + (f" ({done / taken / peak:.0%})" if done else "")
 
 
 def ratios(peer: Measured, side: Measured) -> list[float]:

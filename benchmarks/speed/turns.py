@@ -25,7 +25,8 @@ class Turns:
     def __init__(self, orders: TextIO, answers: TextIO, device: str = "cpu") -> None:
         self._orders, self._answers, self._device = orders, answers, device
         self._counter: FlopCounterMode | None = None
-        self.spent: dict[str, float] = {}
+        self.spent: dict[str, float] = {}  # seconds, by phase
+        self.done: dict[str, int] = {}  # operations, by phase; empty where they are not counted
         self.number = 0  # of turns that are done
 
     def ready(self, settings: dict[str, Any]) -> None:
@@ -40,7 +41,7 @@ class Turns:
         order = self._orders.readline().strip()
         if not order:
             raise SystemExit(0)
-        self.spent = {}
+        self.spent, self.done = {}, {}
         if order == "count":
             self._counter = FlopCounterMode(display=False, custom_mapping=_fused())
             self._counter.__enter__()
@@ -49,31 +50,42 @@ class Turns:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Its seconds are added to those of the same name in this turn."""
+        """Its seconds and operations are added to those of the same name in this turn, without those of phases
+        inside of it."""
         wait(self._device)
-        begun = time.perf_counter()
+        begun, seconds, operations = time.perf_counter(), sum(self.spent.values()), self._counted()
+        inside = sum(self.done.values())
         yield
         wait(self._device)
-        self.spent[name] = self.spent.get(name, 0.0) + time.perf_counter() - begun
+        taken = time.perf_counter() - begun - (sum(self.spent.values()) - seconds)
+        self.spent[name] = self.spent.get(name, 0.0) + taken
+        if self._counter is not None:
+            made = self._counted() - operations - (sum(self.done.values()) - inside)
+            self.done[name] = self.done.get(name, 0) + made
+
+    def _counted(self) -> int:
+        return 0 if self._counter is None else self._counter.get_total_flops()
 
     def stop(self) -> None:
         """The work is done; what comes now is not measured."""
         wait(self._device)
         self._seconds = time.perf_counter() - self._begun
-        self._flops = 0
+        self._flops = self._counted()
         if self._counter is not None:
             self._counter.__exit__(None, None, None)
-            self._flops, self._counter = self._counter.get_total_flops(), None
+            self._counter = None
 
     def end(self, tokens: int, rest: str, checks: dict[str, float]) -> None:
         """``rest`` is the phase that takes all other seconds. ``checks`` must be the same on both sides."""
         phases = self.spent | {rest: self._seconds - sum(self.spent.values())}
+        done = self.done | {rest: self._flops - sum(self.done.values())}
         self.number += 1
         self._say(
             {
                 "seconds": self._seconds,
                 "phases": phases,
                 "flops": self._flops,
+                "phase_flops": done,
                 "tokens": tokens,
                 "checks": checks,
                 "memory_mb": peak_memory_mb(self._device),

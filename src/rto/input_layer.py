@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from rto.output_layer import own_gradient
+from rto.late import Late, own_gradient
 
 
 class SummingEmbedding(nn.Embedding):
@@ -30,19 +30,28 @@ class _Rows(torch.autograd.Function):
     def forward(ctx: Any, ids: Tensor, weight: Tensor, padding: int | None) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(ids)
         ctx.weight, ctx.padding = weight, padding  # itself: what is saved comes back as another tensor on its memory
+        ctx.late = Late.now
         return weight[ids]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:  # type: ignore[override]
         (ids,) = ctx.saved_tensors
-        whole, fresh = own_gradient(ctx.weight)
-        if fresh:
-            whole.zero_()
         if ctx.padding is not None:  # as torch has it: this row is never trained
             gradient = gradient.masked_fill((ids == ctx.padding)[..., None], 0.0)
-        whole.index_add_(0, ids.flatten(), gradient.flatten(0, -2).to(whole.dtype))
-        ctx.weight.grad = whole
+        rows = (ids.flatten(), gradient.flatten(0, -2))
+        if ctx.late is not None:
+            ctx.late.add(ctx.weight, _add_rows, *rows)
+        else:
+            _add_rows(ctx.weight, *rows)
         return None, None, None
+
+
+def _add_rows(table: nn.Parameter, ids: Tensor, gradient: Tensor) -> None:
+    whole, fresh = own_gradient(table)
+    if fresh:
+        whole.zero_()
+    whole.index_add_(0, ids, gradient.to(whole.dtype))
+    table.grad = whole
 
 
 def sum_in_place(layer: nn.Module) -> None:

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from rto.late import Late, own_gradient
 from rto.products import add_product, product
 
 # Logits that exist at once: on a CPU as many as its caches hold, on a GPU enough to keep it busy.
@@ -35,17 +36,15 @@ def selected_logprobs(
     """Log-softmax of ``states @ weight.T / temperature`` at ``labels``, and its entropy (nats, detached; zero where it
     is not asked for). Matrix products are in the precision of ``states``, all else in float32 or better.
 
-    ``block`` words at a time; None: a good number for the device. With frozen weights the gradient of a log-prob p_y,
+    ``block`` words at a time; None: a good number for the device. The gradient of a log-prob p_y for its state,
     (w_y - sum_v p_v w_v) / temperature, is summed up in the forward pass, so that logits are computed once. Weights
-    that are trained need every p_v for their own gradient: there the backward pass computes the logits again.
+    that are trained need every p_v for their own gradient: there they are computed again.
 
-    The gradient of a ``weight`` that is a Parameter is added to its ``grad`` where it stands. That is what ``backward``
-    does, without a second tensor of that size; ``torch.autograd.grad`` does not see it.
+    The gradient of a ``weight`` that is a Parameter is added to its ``grad`` where it stands, inside of
+    :func:`rto.late.late_gradients` at its end. That is what ``backward`` does, without a second tensor of that size;
+    ``torch.autograd.grad`` does not see it.
     """
-    if block is None:
-        room = LOGITS.get(states.device.type, LOGITS["cuda"])
-        block = max(FEWEST, room // max(1, len(states)))
-    return _Selected.apply(states, weight, labels, temperature, entropy, block)
+    return _Selected.apply(states, weight, labels, temperature, entropy, block or _width(states))
 
 
 class _Selected(torch.autograd.Function):
@@ -55,7 +54,7 @@ class _Selected(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         precise = torch.promote_types(states.dtype, torch.float32)
         x = states if temperature == 1.0 else states / temperature
-        ahead = ctx.needs_input_grad[0] and not ctx.needs_input_grad[1]
+        ahead = ctx.needs_input_grad[0]
         rows = x.new_zeros(len(x), dtype=precise)
         # Sums of exp(logit - top), of (logit - top) times that, and of that times the word's weights
         top, mass, spread = torch.full_like(rows, torch.finfo(precise).min), rows, rows
@@ -81,49 +80,55 @@ class _Selected(torch.autograd.Function):
                 mean.mul_(shrink[:, None]).add_(product(e.to(x.dtype), words.T))
             top = higher
         total = top + mass.log()
+        direction = None
         if mean is not None:
             direction = (weight[labels].to(precise) - mean / mass[:, None]) / temperature
-            ctx.save_for_backward(direction)
-        else:
-            ctx.save_for_backward(x, weight, labels, total)
-            ctx.own = weight if isinstance(weight, nn.Parameter) else None  # what is saved comes back as another tensor
-        ctx.ahead, ctx.temperature, ctx.block, ctx.kind = ahead, temperature, block, states.dtype
+        trained = (x, weight, labels, total) if ctx.needs_input_grad[1] else (None, None, None, None)
+        ctx.save_for_backward(direction, *trained)
+        ctx.own = weight if isinstance(weight, nn.Parameter) else None  # what is saved comes back as another tensor
+        ctx.late, ctx.block, ctx.kind = Late.now, block, states.dtype
         disorder = mass.log() - spread / mass if entropy else torch.zeros_like(total)
         ctx.mark_non_differentiable(disorder)
         return picked - total, disorder
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        if ctx.ahead:
-            (direction,) = ctx.saved_tensors
-            return (gradient[:, None] * direction).to(ctx.kind), None, None, None, None, None
-        x, weight, labels, total = ctx.saved_tensors
-        for_states, for_weight = ctx.needs_input_grad[:2]
-        states = torch.zeros_like(x, dtype=total.dtype) if for_states else None
-        weights, fresh = None, True
-        if for_weight:
-            weights, fresh = own_gradient(ctx.own) if ctx.own is not None else (torch.empty_like(weight), True)
-        for start, words in _blocks(weight, ctx.block):
-            stop, words = start + len(words), words.to(x.dtype)
-            share = product(x, words).to(total.dtype).sub_(total[:, None]).exp_().mul_(-gradient[:, None])
-            row = ((labels >= start) & (labels < stop)).nonzero().squeeze(-1)
-            share[row, labels[row] - start] += gradient[row]
-            share = share.to(x.dtype)
-            if states is not None:
-                states += product(share, words.T)
-            if weights is not None:
-                add_product(weights[start:stop], share.T, x.T, fresh)
-        if states is not None:
-            states = states.div_(ctx.temperature).to(ctx.kind)
-        if for_weight and ctx.own is not None:
-            ctx.own.grad = weights
-        return states, weights if ctx.own is None else None, None, None, None, None
+        direction, x, weight, labels, total = ctx.saved_tensors
+        states = None if direction is None else (gradient[:, None] * direction).to(ctx.kind)
+        weights = None
+        if ctx.own is None and weight is not None:
+            weights = torch.empty_like(weight)
+            _sum_products(weights, True, weight, ctx.block, x, labels, total, gradient)
+        elif weight is not None and ctx.late is not None:
+            ctx.late.add(ctx.own, _add_products, x, labels, total, gradient)
+        elif weight is not None:
+            _add_products(ctx.own, x, labels, total, gradient, ctx.block)
+        return states, weights, None, None, None, None
 
 
-def own_gradient(weight: Tensor) -> tuple[Tensor, bool]:
-    """The tensor that ``backward`` adds this weight's gradient to, and whether it was made just now: then it has any
-    numbers in it. It becomes the weight's ``grad`` when it is whole: not where memory is short half-way."""
-    return (torch.empty_like(weight), True) if weight.grad is None else (weight.grad, False)
+def _add_products(
+    table: nn.Parameter, x: Tensor, labels: Tensor, total: Tensor, gradient: Tensor, block: int | None = None
+) -> None:
+    whole, fresh = own_gradient(table)
+    _sum_products(whole, fresh, table.detach(), block or _width(x), x, labels, total, gradient)
+    table.grad = whole
+
+
+def _sum_products(
+    whole: Tensor, fresh: bool, weight: Tensor, block: int, x: Tensor, labels: Tensor, total: Tensor, gradient: Tensor
+) -> None:
+    """Each position's outer gradient times (1 at its label, less p_v) times its state."""
+    for start, words in _blocks(weight, block):
+        stop, words = start + len(words), words.to(x.dtype)
+        share = product(x, words).to(total.dtype).sub_(total[:, None]).exp_().mul_(-gradient[:, None])
+        row = ((labels >= start) & (labels < stop)).nonzero().squeeze(-1)
+        share[row, labels[row] - start] += gradient[row]
+        add_product(whole[start:stop], share.to(x.dtype).T, x.T, fresh)
+
+
+def _width(states: Tensor) -> int:
+    """Words of a block: a good number for the device."""
+    return max(FEWEST, LOGITS.get(states.device.type, LOGITS["cuda"]) // max(1, len(states)))
 
 
 def _blocks(weight: Tensor, block: int) -> list[tuple[int, Tensor]]:

@@ -16,6 +16,7 @@ from rto.config import Policy
 from rto.data.chat import AnswerRow
 from rto.data.collate import micro_batches, trim
 from rto.finite import Culprit, NotFinite, require_finite
+from rto.late import late_gradients
 from rto.models.memory import Budget
 from rto.models.role import Role
 from rto.models.runtime import Runtime
@@ -336,17 +337,18 @@ def _accumulate(
     mine = runtime.share(list(range(len(lengths))))
 
     def work(budget: int) -> Sums:
-        sums: Sums = {} if first is None else first(budget)
-        for index in micro_batches([int(lengths[i]) for i in mine], budget):
-            chosen = [unit * mine[i] + k for i in index for k in range(unit)]
-            part = _trim(rows.rows(torch.tensor(chosen))).to(learner.policy.backbone.device)
-            try:
-                value, measured = loss(part, total)
-            except NotFinite as error:
-                raise error.named([(row, "answer") for row in chosen]) from None
-            value.backward()
-            for key, number in measured.items():
-                sums[key] = sums.get(key, 0.0) + number
+        with late_gradients():
+            sums: Sums = {} if first is None else first(budget)
+            for index in micro_batches([int(lengths[i]) for i in mine], budget):
+                chosen = [unit * mine[i] + k for i in index for k in range(unit)]
+                part = _trim(rows.rows(torch.tensor(chosen))).to(learner.policy.backbone.device)
+                try:
+                    value, measured = loss(part, total)
+                except NotFinite as error:
+                    raise error.named([(row, "answer") for row in chosen]) from None
+                value.backward()
+                for key, number in measured.items():
+                    sums[key] = sums.get(key, 0.0) + number
         return sums
 
     sums = runtime.sum(learner.budget.within(work, partial(_forget, together)))

@@ -19,6 +19,7 @@ from torch import Tensor
 from rto.config import Supervised
 from rto.data.collate import micro_batches
 from rto.finite import NotFinite
+from rto.late import late_gradients
 from rto.models.memory import Budget
 from rto.models.role import Role
 from rto.models.runtime import Runtime, release_memory
@@ -241,14 +242,15 @@ def _accumulate(
 
     def work(tokens: int) -> Sums:
         sums: Sums = {}
-        for index in micro_batches([objective.size(row) for row in mine], tokens):
-            try:
-                loss, part = objective.loss([mine[i] for i in index], total)
-            except NotFinite as error:
-                raise error.among(mine, index) from None
-            each(loss)
-            for key, value in {"loss": loss.item(), **part}.items():
-                sums[key] = sums.get(key, 0.0) + value
+        with late_gradients():
+            for index in micro_batches([objective.size(row) for row in mine], tokens):
+                try:
+                    loss, part = objective.loss([mine[i] for i in index], total)
+                except NotFinite as error:
+                    raise error.among(mine, index) from None
+                each(loss)
+                for key, value in {"loss": loss.item(), **part}.items():
+                    sums[key] = sums.get(key, 0.0) + value
         return sums
 
     sums = budget.within(work, undo)
