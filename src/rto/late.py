@@ -33,16 +33,16 @@ class Late:
         """``make(table, *columns)`` before the end, on these rows and others: it adds to the gradient of ``table``.
         Columns are [N, ...], and what they are at this moment counts.
 
-        In a rehearsal, which knows two passes of a batch and not how many rows come to wait, nothing does."""
+        A rehearsal knows two passes of a batch and not how many rows come to wait: it takes the room, and waits for
+        nothing."""
         if self._over:
             raise RuntimeError("a pass began inside of late_gradients(), and its gradients were asked for after it")
-        if isinstance(table, FakeTensor):
-            make(table, *columns)
-            return
         key = (id(table), make, *((column.dtype, column.shape[1:]) for column in columns))
         if key not in self._waiting:
             self._waiting[key] = _Waiting(table, make, columns)
         self._waiting[key].take(columns)
+        if isinstance(table, FakeTensor):
+            self._waiting[key].flush()
 
     def finish(self) -> None:
         if any(waiting.table.grad is None and waiting.table.nbytes > CHUNK for waiting in self._waiting.values()):

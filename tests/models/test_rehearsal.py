@@ -27,6 +27,27 @@ def test_only_what_is_on_the_device_is_counted(device, counted):
     assert tally.total == 0
 
 
+def test_weights_from_a_file_leave_and_come():
+    """12 bytes of weights and 40 of something else: the peak is that of all that is there at once."""
+    tally = Tally(vocabulary=100)
+    with FakeTensorMode():
+        weight, other = torch.empty(3), torch.empty(10)
+    tally.count(weight, ("reference", "weights"), mapped=True)
+    for _ in range(2):  # twice is once
+        tally.leave([weight])
+    assert (tally.total, tally.mapped, tally.live["reference", "weights"]) == (0, 0, 0)
+    tally.count(other, ("policy", "gradients"))
+    assert (tally.peak, tally.mapped_at_peak, tally.at_peak["reference", "weights"]) == (40, 0, 0)
+    for _ in range(2):
+        tally.come([weight])
+    assert (tally.total, tally.peak, tally.mapped_at_peak) == (52, 52, 12)
+    tally.leave([weight])
+    del weight
+    assert tally.total == 40 and tally.mapped == 0
+    del other
+    assert tally.total == 0
+
+
 def test_a_scorers_model_is_another_with_other_settings():
     shop = GhostWorkshop(Scratch(type="scratch"), "", world_tokenizer(), Runtime("cpu"), 0).begin(Tally(vocabulary=100))
     narrow, wide = (Pretrained(name="some/model", lora=Lora(r=rank)) for rank in (2, 4))

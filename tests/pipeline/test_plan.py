@@ -14,12 +14,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rto import recipe, room
+from rto import late, recipe, room
 from rto.cli import main
 from rto.config import Lora, Prefer, Scratch
 from rto.data.chat import PairRow
 from rto.data.rows import make_rows
 from rto.data.worlds import world_tokenizer
+from rto.models import mapped
 from rto.models.load import scratch_network
 from rto.models.memory import Budget
 from rto.models.rehearsal import GhostWorkshop, Tally, heap_of
@@ -80,6 +81,7 @@ class Real(TorchDispatchMode):
 def test_a_rehearsed_step_holds_what_a_real_one_holds(lora, checkpointing, monkeypatch):
     """Two DPO steps, activations, gradients and moments: byte for byte, but for tensors of indices and masks."""
     monkeypatch.setattr(room.Room, "take", room.Room._ghost)  # one chunk is more than the whole step
+    monkeypatch.setattr(late, "FEWEST", 0)  # a rehearsal waits for nothing
     tokenizer, runtime = world_tokenizer(), Runtime("cpu")
     training, rows = Prefer(batch=4, micro_tokens=10_000), pairs(4, 3, 9)
     model = MODEL.model_copy(update={"lora": lora, "gradient_checkpointing": checkpointing})
@@ -157,6 +159,24 @@ def test_every_stage_is_rehearsed(world_recipe):
     assert {role for role, _ in found["rl/rto"].parts} >= {"reference", "prefer", "reward", "policy", "critic"}
     assert "prefer" not in {role for role, _ in found["rl/ppo"].parts}  # PPO reads no guide
     assert all(stage.alive == sum(stage.parts.values()) for stage in found.values())
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="asks Linux")
+def test_frozen_models_leave_between_their_turns(world_recipe, monkeypatch):
+    """As large ones do in a run. Where a policy is trained they are not there."""
+    # Many layers keep more than a pass without gradients holds, which reads more rows
+    config = recipe.load(world_recipe, [("model.hidden", "128"), ("model.layers", "4")])
+    job = Job(config, quiet=True)
+    found = {}
+    for large in (2**40, 0):
+        monkeypatch.setattr(mapped, "LARGE", large)
+        stages = Rehearsal(config, job.rows, job.runtime, None).stages(config.stages)
+        found[large] = {name: stages[name]() for name in ("prefer", "rl/rto")}
+    for name, frozen in (("prefer", {"reference"}), ("rl/rto", {"reference", "prefer", "reward"})):
+        stay, leave = found[2**40][name], found[0][name]
+        there, left = ({role: each.parts.get((role, "weights"), 0) for role in frozen} for each in (stay, leave))
+        assert all(left[role] < there[role] / 100 for role in frozen)  # rotary tables are made in memory
+        assert leave.alive == stay.alive - sum(there.values()) + sum(left.values())
 
 
 def test_scorers_on_models_of_their_own_are_rehearsed_each(files_recipe, tiny_model, pairs_file):

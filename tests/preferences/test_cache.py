@@ -53,4 +53,6 @@ def test_a_file_has_what_was_read_since_the_last_sharing(tmp_path):
     cache = ReferenceCache(tmp_path / "c.safetensors", "f")
     cache.sums([([1], [2])], lambda: torch.tensor([-1.0]))
     cache.save(Runtime("cpu"))
-    assert ReferenceCache(cache.path, "f").sums([([1], [2])], never).tolist() == [-1.0]
+    again = ReferenceCache(cache.path, "f")
+    assert again.sums([([1], [2])], never).tolist() == [-1.0]
+    assert again.knows([([1], [2])]) and not again.knows([([1], [2]), ([1, 2], [])])

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import re
+from collections.abc import Callable
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -17,6 +19,7 @@ from rto.models.role import Role
 
 LARGE = 2**26  # bytes of a mapping; looking it up takes some milliseconds, which smaller ones are not worth
 _MADV_DONTNEED = 4  # of Linux's mman.h
+GHOSTS: WeakKeyDictionary[nn.Module, Callable[[], None]] = WeakKeyDictionary()  # of a rehearsal, which is told instead
 _HEAD = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ (\d+)\s")
 
 
@@ -35,6 +38,9 @@ def let_go(network: nn.Module) -> int:
     weights = list(network.parameters())
     here = not any(p.requires_grad for p in weights) and all(p.device.type == "cpu" for p in weights)
     if not here or sum(p.nbytes for p in weights) < LARGE or not Path("/proc/self/smaps").exists():
+        return 0
+    if network in GHOSTS:
+        GHOSTS[network]()
         return 0
     places = [p.data_ptr() for p in weights]
     gone = 0

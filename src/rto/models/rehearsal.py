@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from rto import config as recipe
 from rto.models.load import check_family, locate, revision_of, scratch_network, without_dropout
+from rto.models.mapped import GHOSTS
 from rto.models.role import Backbone, Role
 from rto.models.runtime import MAPPED, ask_heap
 from rto.models.workshop import Workshop
@@ -87,9 +88,11 @@ class Tally(TorchDispatchMode):
         self.device: str | None = None  # count what is on it, and not what waits elsewhere; None: all
         self.label: Label = ("pass", "activations")
         self.live: Counter[Label] = Counter()
-        self.total = self.peak = self.mapped = 0  # mapped: from files, at the peak of the rest as at any time
+        self.total = self.peak = 0
+        self.mapped = self.mapped_at_peak = 0  # bytes from files
         self.at_peak: dict[Label, int] = {}
-        self._known: dict[int, tuple[int, Label, int | None]] = {}
+        self._away: set[int] = set()  # from files, and not in memory now
+        self._known: dict[int, tuple[int, Label, int | None, bool]] = {}  # size, label, place, mapped
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
@@ -116,26 +119,47 @@ class Tally(TorchDispatchMode):
             return
         size = storage.nbytes()
         place = self.heap.take(size, Room.making) if self.heap is not None and not mapped else None
-        self._known[key] = (size, label, place)
+        self._known[key] = (size, label, place, mapped)
+        self._add(size, label, mapped)
+        weakref.finalize(storage, self._gone, key).atexit = False
+
+    def leave(self, weights: Iterable[Tensor]) -> None:
+        """Weights from a file are not in memory until they :meth:`come`."""
+        for key in (weight.untyped_storage()._cdata for weight in weights):
+            if key not in self._away:
+                size, label, _, _ = self._known[key]
+                self._add(-size, label, mapped=True)
+                self._away.add(key)
+
+    def come(self, weights: Iterable[Tensor]) -> None:
+        """They are read."""
+        for key in (weight.untyped_storage()._cdata for weight in weights):
+            if key in self._away:
+                size, label, _, _ = self._known[key]
+                self._away.remove(key)
+                self._add(size, label, mapped=True)
+
+    def _add(self, size: int, label: Label, mapped: bool) -> None:
         self.total += size
         self.mapped += size if mapped else 0
         self.live[label] += size
         if self.total > self.peak:
-            self.peak, self.at_peak = self.total, dict(self.live)
-        weakref.finalize(storage, self._gone, key).atexit = False
+            self.peak, self.mapped_at_peak, self.at_peak = self.total, self.mapped, dict(self.live)
 
     def relabel(self, tensor: Tensor, label: Label) -> None:
         key = tensor.untyped_storage()._cdata
         if key in self._known:
-            size, before, place = self._known[key]
-            self._known[key] = (size, label, place)
+            size, before, place, mapped = self._known[key]
+            self._known[key] = (size, label, place, mapped)
             self.live[before] -= size
             self.live[label] += size
 
     def _gone(self, key: int) -> None:
-        size, label, place = self._known.pop(key)
-        self.total -= size
-        self.live[label] -= size
+        size, label, place, mapped = self._known.pop(key)
+        if key in self._away:
+            self._away.remove(key)
+        else:
+            self._add(-size, label, mapped)
         if self.heap is not None:
             self.heap.give(place)
 
@@ -213,7 +237,12 @@ class GhostWorkshop(Workshop):
         stored = getattr(network.config, "dtype", None) or torch.float32
         mapped = not self.fresh and stored == dtype and self.runtime.device.type == "cpu"
         self._ghost(network, "weights", mapped)
-        return self._wrap(network, name, lora)
+        weights, tally = list(network.parameters()), self.tally
+        backbone = self._wrap(network, name, lora)
+        if mapped and not trained:
+            GHOSTS[backbone.network] = lambda: tally.leave(weights)
+            backbone.body.register_forward_pre_hook(lambda *_: tally.come(weights))
+        return backbone
 
     def _network(self, name: str, kind: Literal["causal", "classifier"], dtype: torch.dtype) -> Any:
         from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification

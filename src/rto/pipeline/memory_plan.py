@@ -286,8 +286,8 @@ class Rehearsal:
         self, tally: Tally, stage: str, training: Training, optimizers: Iterable[Optimizer], saved: int | None
     ) -> StageMemory:
         state = sum(_sum([*o.parameters, *o.tensors().values()]) for o in optimizers)
-        mapped = tally.mapped
-        holes = max(0, self.heap.size() - self.start + mapped - tally.peak) if self.heap else 0
+        outside = tally.peak - tally.mapped_at_peak
+        holes = max(0, self.heap.size() - self.start - outside) if self.heap else 0
         parts = {label: size for label, size in tally.at_peak.items() if size}
         if saved is None:
             saved = sum(size for (_, kind), size in parts.items() if kind == "weights")

@@ -14,6 +14,7 @@ from rto.config import Policy, Supervised
 from rto.data.chat import Encoder
 from rto.data.collate import collate_completions, micro_batches
 from rto.data.rows import Rows
+from rto.models.mapped import leave
 from rto.models.prepacked import copied
 from rto.models.rehearsal import Tally
 from rto.models.role import Role
@@ -30,6 +31,7 @@ from rto.rollouts.pick import pick
 from rto.rollouts.score import state_values, token_logprobs, token_values
 from rto.seeds import shuffled
 
+STAYING = {"moving", "oracle"}  # the one changes, and the other is no reader of signals
 PASS = ("pass", "activations")  # what a pass makes is counted as
 
 
@@ -125,10 +127,13 @@ def sample(tally: Tally, role: Role, asked: Sequence[list[int]], encoder: Encode
 def read(
     tally: Tally, roles: dict[str, Role], policy: Role, critic: Role | None, answers: Completions, settings: Policy
 ) -> None:
-    """One pass of each kind that scoring makes: log-probs, scores, values, attention."""
+    """One pass of each kind that scoring makes: log-probs, scores, values, attention. What reads the signals leaves
+    memory after its turn (:class:`rto.rollouts.signals.Reader`)."""
     tally.label, budget = PASS, settings.reading_tokens
     scorers = [role for role in roles.values() if role.head is not None]
-    token_logprobs(roles.get("reference", policy), answers, budget, settings.temperature)
+    reference = roles.get("reference", policy)
+    token_logprobs(reference, answers, budget, settings.temperature)
+    leave(reference, policy)
     if scorers:
         token_values(scorers[0], answers, budget)
     if critic is not None and not isinstance(critic, TrunkCritic):  # its values come with the answers
@@ -136,6 +141,9 @@ def read(
     for term in rewards.live(terms_of(settings)):
         if term["type"] == "attention":
             attention_weights(scorers[0] if scorers else policy, answers, term["reading"], budget)
+    for name, role in roles.items():
+        if name not in STAYING:
+            leave(role, policy)
 
 
 def one_update(learner: Learner, buffer: Buffer, policy: Policy, runtime: Runtime) -> None:

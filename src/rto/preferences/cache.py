@@ -42,6 +42,10 @@ class ReferenceCache:
             named = (row.tobytes() for row in keys.numpy())
             self.known = dict(zip(named, values.tolist(), strict=True))
 
+    def knows(self, answers: Sequence[tuple[Sequence[int], Sequence[int]]]) -> bool:
+        """Every (prompt, answer)."""
+        return all(self._key(*ids) in self.known for ids in answers)
+
     def sums(
         self, answers: Sequence[tuple[Sequence[int], Sequence[int]]], compute: Callable[[], Tensor]
     ) -> Float[Tensor, " N"]:

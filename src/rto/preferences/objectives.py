@@ -147,8 +147,9 @@ class Compared(ABC):
 
     @torch.no_grad()
     def read_ahead(self, rows: list[Any], tokens: int) -> None:
-        """The reference reads these rows, ``tokens`` a pass, before the policy does. One whose weights lie in a file
-        then leaves memory, so that they and the policy's gradients are never there at once.
+        """The reference reads those of these rows that the cache does not know, ``tokens`` a pass, before the policy
+        does. One whose weights lie in a file then leaves memory, so that they and the policy's gradients are never
+        there at once.
 
         Not for a loss that compares whole distributions: there the two models are needed together.
 
@@ -158,8 +159,10 @@ class Compared(ABC):
         reference = self.reference
         if reference is None or KL & set(self.wanted):
             return
+        if self.cache is not None:
+            rows = [row for row in rows if not self.cache.knows(self.answers([row]).ids)]
         own = reference.backbone is not self.role.backbone
-        if own and reference.backbone.device.type == "cpu":
+        if rows and own and reference.backbone.device.type == "cpu":
             release_memory()  # of the last step's gradients
         for index in micro_batches([self.size(row) for row in rows], tokens):
             asked = self.answers([rows[i] for i in index])
