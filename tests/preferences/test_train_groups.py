@@ -285,3 +285,8 @@ def test_the_cache_spares_the_reference(world, nudged, groups, tmp_path):
     with torch.no_grad():
         goal._read(short)
     assert len(seen) == 4  # another prompt is another key
+
+
+def test_answers_are_known_by_their_ids(world, nudged, groups):
+    goal = objective(world, nudged)
+    assert goal.ids(groups) == goal.answers(groups).ids

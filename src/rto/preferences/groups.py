@@ -15,7 +15,7 @@ from rto.finite import NotFinite, require_finite
 from rto.models.memory import Budget
 from rto.models.runtime import Runtime
 from rto.numerics import masked_sum
-from rto.preferences.objectives import Answers, Compared, Sums, option
+from rto.preferences.objectives import Answers, Compared, Ids, Sums, option
 
 # What a group loss may name as a positional parameter; float32. Absent answers hold 0.
 READABLE_GROUP = {
@@ -94,6 +94,9 @@ class GroupObjective(Compared):
         losses = self.function(*(read[name] for name in self.wanted), **self.options)
         require_finite(losses, self.trained, "loss")
         return losses.sum() / total, self._sums(read)
+
+    def ids(self, rows: list[ScoredRow]) -> list[Ids]:
+        return [(tuple(row.prompt), tuple(answer)) for row in rows for answer in row.answers]
 
     def answers(self, rows: list[ScoredRow]) -> Answers:
         """Row by row."""

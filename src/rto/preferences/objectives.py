@@ -113,6 +113,10 @@ class Compared(ABC):
         """As :meth:`Objective.size`."""
 
     @abstractmethod
+    def ids(self, rows: list[Any]) -> list[Ids]:
+        """What the answers of these rows are known by, in the order of :meth:`answers`."""
+
+    @abstractmethod
     def answers(self, rows: list[Any]) -> Answers:
         """All answers of these rows."""
 
@@ -160,7 +164,7 @@ class Compared(ABC):
         if reference is None or KL & set(self.wanted):
             return
         if self.cache is not None:
-            rows = [row for row in rows if not self.cache.knows(self.answers([row]).ids)]
+            rows = [row for row in rows if not self.cache.knows(self.ids([row]))]
         own = reference.backbone is not self.role.backbone
         if rows and own and reference.backbone.device.type == "cpu":
             release_memory()  # of the last step's gradients
@@ -243,6 +247,10 @@ class PairObjective(Compared):
 
         return budget.within(work)
 
+    def ids(self, rows: list[PairRow]) -> list[Ids]:
+        chosen = [(tuple(row.prompt), tuple(row.chosen)) for row in rows]
+        return chosen + [(tuple(row.prompt), tuple(row.rejected)) for row in rows]
+
     def answers(self, rows: list[PairRow]) -> Answers:
         """Chosen ones above rejected ones."""
         return self._asked(rows, self._pairs(rows))
@@ -251,9 +259,9 @@ class PairObjective(Compared):
         return collate_pairs(rows, self.pad).to(self.role.backbone.device)
 
     def _asked(self, rows: list[PairRow], pairs: Pairs) -> Answers:
-        ids = [(tuple(row.prompt), tuple(row.chosen)) for row in rows]
-        ids += [(tuple(row.prompt), tuple(row.rejected)) for row in rows]
-        return Answers(_both(pairs), ids, [(i, side) for side in ("chosen", "rejected") for i in range(len(rows))])
+        return Answers(
+            _both(pairs), self.ids(rows), [(i, side) for side in ("chosen", "rejected") for i in range(len(rows))]
+        )
 
     def _read(self, rows: list[PairRow]) -> dict[str, Tensor]:
         pairs = self._pairs(rows)
